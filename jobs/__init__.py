@@ -1,0 +1,1 @@
+"""Entry points: the command, `ray job submit`, orchestrators, the demo."""

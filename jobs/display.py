@@ -1,0 +1,153 @@
+"""What the command prints: tables on standard output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import storage
+from pipeline.artifacts import Run
+from pipeline.errors import InputError, SpecError
+from pipeline.plan import Plan
+from pipeline.rank import read_ranked
+from pipeline.report import of, plain_payload
+
+SHOWN = 5
+MIB = 1 << 20
+
+
+def console() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    from rich import get_console
+
+    return get_console() if get_console().is_terminal else Console(width=140)
+
+
+def show_run(run: Run, query: str | None = None, top: int = SHOWN) -> None:
+    """The ranked table of a run, and where everything is.
+
+    Raises:
+        ArtifactError: The run is not ranked yet.
+        InputError: It has no such query.
+    """
+    ranked, meta = read_ranked(run)
+    if query is not None and query not in run.query_ids:
+        raise InputError(f"{run.uri()} has no query {query!r}; it has {', '.join(run.query_ids[:20])}")
+    plain = plain_payload(ranked)
+    table = Table(title=f"{meta['examples']:,} examples, {meta['transform']} score", title_justify="left")
+    for name in ("query", "side", "rank", "example_id", *plain, "value", "score", "base_loss", "counterpart_loss"):
+        table.add_column(name, justify="left" if name in ("query", "side", "example_id", *plain) else "right")
+    for query_id in (query,) if query is not None else run.query_ids:
+        for side in ("proponent", "opponent"):
+            for row in of(ranked, query_id, side)[:top]:
+                table.add_row(*_cells(row, plain), end_section=False)
+        table.add_section()
+    out = console()
+    out.print(table)
+    _places(run, out)
+
+
+def _cells(row: dict[str, Any], plain: list[str]) -> list[str]:
+    numbers = [f"{row[name]:.4g}" for name in ("value", "score", "base_loss", "counterpart_loss")]
+    return [
+        row["query_id"],
+        row["side"],
+        str(row["rank"]),
+        row["example_id"],
+        *(str(row[name]) for name in plain),
+        *numbers,
+    ]
+
+
+def _places(run: Run, out: Console) -> None:
+    out.print(f"ranked table   {run.uri('topk', 'ranked.parquet')}", soft_wrap=True)
+    out.print(f"scores         {run.uri('scores')}", soft_wrap=True)
+    if storage.exists(run.uri("report", "contact_sheet.png")):
+        out.print(f"picture        {run.uri('report', 'contact_sheet.png')}", soft_wrap=True)
+    out.print(f"page           {run.uri('report', 'index.html')}", soft_wrap=True)
+    out.print("query them     " + duckdb_line(run), soft_wrap=True, markup=False, highlight=False)
+
+
+def duckdb_line(run: Run) -> str:
+    """A shell line that queries the scores with DuckDB."""
+    sql = (
+        f"FROM '{run.uri('scores')}/*/*.parquet' SELECT query_id, max(score), min(score), count(*) GROUP BY query_id "
+        "ORDER BY query_id"
+    )
+    return f'python -c "import duckdb; print(duckdb.sql(\\"{sql}\\"))"'
+
+
+def show_plan(run: Run, plan: Plan) -> None:
+    """What a run would do."""
+    spec, resources = run.spec, run.spec.resources
+    done = len(run.committed_ids()) if storage.exists(run.uri("run.yaml")) else 0
+    table = Table(show_header=False, box=None)
+    rows = {
+        "run": run.uri() + (f" (begun: {done} shards of {plan.shards} are scored)" if done else ""),
+        "corpus": f"{plan.rows:,} training examples in {plan.files:,} files",
+        "shards": f"{plan.shards:,} of up to {spec.score.shard_rows:,} rows",
+        "queries": f"{plan.queries:,} of {plan.query_rows:,} rows together",
+        "producer": f"{spec.producer.implementation}: {plan.queries:,} counterparts to tune",
+        "forward passes": f"{plan.forward_passes:,} examples through a model ({plan.rows:,} x (1 base + {plan.queries} counterparts))",
+        "objects": f"{plan.objects:,} written in all",
+        "scores": f"about {plan.score_bytes / MIB:,.1f} MiB of Parquet",
+        "ray": resources.address or "RAY_ADDRESS, else embedded on this machine",
+        "tune": f"{min(resources.tune.workers, plan.queries)} workers x {resources.tune.cpus:g} CPU, {resources.tune.gpus:g} GPU",
+        "score": f"{resources.score.actors or 'as many as fit'} actors x {resources.score.cpus:g} CPU, {resources.score.gpus:g} GPU",
+        "rank": f"{spec.rank.k} per side and query, {spec.rank.transform} score",
+        "fingerprint": run.resolved.fingerprint,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console().print(table)
+
+
+def show_status(run: Run) -> None:
+    """How far a run is. Raises ArtifactError for commits of another run."""
+    receipts, queries = run.receipts(), len(run.committed_queries())
+    scored, rejected = sum(r.rows for r in receipts), sum(r.rejects for r in receipts)
+    ranked = storage.exists(run.uri("topk", "meta.json"))
+    sealed = storage.exists(run.uri("_SUCCESS"))
+    table = Table(title=run.uri(), title_justify="left")
+    for name in ("stage", "state", "figures"):
+        table.add_column(name)
+    table.add_row("freeze", "done", f"{run.rows:,} rows in {len(run.shards):,} shards, {len(run.query_ids):,} queries")
+    table.add_row("tune", _state(queries, len(run.query_ids)), f"{queries:,} of {len(run.query_ids):,} counterparts")
+    figures = f"{len(receipts):,} of {len(run.shards):,} shards, {scored:,} rows scored, {rejected:,} rejected"
+    if receipts:
+        elapsed_s = max(r.finished_at_s for r in receipts) - min(r.started_at_s for r in receipts)
+        figures += f", {scored / max(elapsed_s, 1e-9):,.0f} examples/s from first to last commit"
+    table.add_row("score", _state(len(receipts), len(run.shards)), figures)
+    table.add_row("rank", "done" if ranked else "not yet", "sealed: every row is scored or rejected" if sealed else "")
+    console().print(table)
+
+
+def _state(done: int, total: int) -> str:
+    if done == total:
+        return "done"
+    return f"{done / total:.0%}" if done else "not yet"
+
+
+def show_fields(section: str | None) -> None:
+    """Every field of the spec. Raises SpecError for a section that there is not."""
+    from pipeline.spec import unknown_word
+    from pipeline.specfile import sections_of
+
+    sections = sections_of()
+    known = {path.split(" ")[0] for path in sections}
+    if section is not None and section not in known:
+        raise SpecError(f"section {unknown_word(section, known)}")
+    out = console()
+    for path, kind in sections.items():
+        if section is not None and path.split(" ")[0] != section:
+            continue
+        table = Table(title=path, title_justify="left", show_lines=False)
+        for name in ("field", "default", "meaning"):
+            table.add_column(name)
+        for name, field in kind.model_fields.items():
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+            if len(default) < 60:
+                table.add_row(name, default, " ".join((field.description or "").split()))
+        out.print(table)

@@ -1,0 +1,181 @@
+"""Ray: connect, see that what is asked for is there, watch for silence, and bring errors of workers home as our own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import ClusterError, PipelineError
+from .observe import duration, every, say
+from .spec import ResourcesSection
+
+SILENCE_S = 300.0
+"""Without progress for so long, the watchdog says what the cluster has free."""
+EMBEDDED_STORE_BYTES = 256 << 20
+"""Object store of an embedded Ray: only receipts pass through it."""
+_QUIET = ("ray", "ray.data", "ray.train", "ray.tune")
+
+
+@contextmanager
+def connected(resources: ResourcesSection) -> Iterator[None]:
+    """A Ray cluster for the time of the block: one that is connected already, the spec's, RAY_ADDRESS's, or an embedded one.
+
+    Raises:
+        ClusterError: The cluster cannot be reached.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the controller's poll, 2 s by default
+    if ray.is_initialized():
+        yield
+        return
+    address = resources.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_environment())
+        else:
+            _start_embedded()
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise ClusterError(
+            f"Ray at {address or 'this machine'}: {error}", "check resources.address or RAY_ADDRESS"
+        ) from error
+    _quieten()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_embedded() -> None:
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        address="local",
+        num_cpus=(os.cpu_count() or 1) + 1,  # one more than there are, for Ray's own tasks beside the workers
+        include_dashboard=False,
+        object_store_memory=EMBEDDED_STORE_BYTES,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env=_environment(),
+    )
+
+
+def _environment() -> dict[str, dict[str, str]]:
+    """Workers import what the driver can import: its working directory and PYTHONPATH."""
+    here = [path for path in sys.path if path and os.path.isdir(path) and not path.startswith(sys.prefix)]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(here)}}
+
+
+def _quieten() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def require(workers: int, cpus: float, gpus: float, what: str) -> None:
+    """See that the cluster has room for so many workers.
+
+    Raises:
+        ClusterError: It has not; with what is there.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    for kind, each in (("GPU", gpus), ("CPU", cpus)):
+        if workers * each > there.get(kind, 0.0):
+            raise ClusterError(
+                f"{what}: asked for {workers} x {each:g} {kind}, the cluster has {there.get(kind, 0.0):g}",
+                "lower the numbers in the spec's `resources`, or connect to a larger cluster",
+            )
+
+
+def room(cpus: float, gpus: float, what: str) -> int:
+    """How many workers fit, leaving one CPU to Ray's own tasks (a cluster full of actors can hang).
+
+    Raises:
+        ClusterError: Not even one fits.
+    """
+    import ray
+
+    require(1, cpus, gpus, what)
+    there = ray.cluster_resources()
+    by_cpu = (there.get("CPU", 0.0) - 1) // cpus
+    return max(1, int(min(by_cpu, there.get("GPU", 0.0) // gpus) if gpus else by_cpu))
+
+
+@contextmanager
+def errors_of(stage: str) -> Iterator[None]:
+    """Bring what workers raise home: our own errors as they were, Ray's as ClusterError.
+
+    Raises:
+        PipelineError: Of a worker.
+        ClusterError: A worker died too often, or Ray failed.
+    """
+    import ray
+
+    try:
+        yield
+    except PipelineError:
+        raise
+    except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        raise as_pipeline_error(error, stage) from error
+
+
+def as_pipeline_error(error: BaseException, stage: str) -> PipelineError:
+    """The PipelineError inside a Ray exception, or a ClusterError that says what Ray said."""
+    seen: list[BaseException] = []
+    queue: list[BaseException | None] = [error]
+    while queue:
+        item = queue.pop(0)
+        if item is None or item in seen:
+            continue
+        if isinstance(item, PipelineError):
+            return item
+        seen.append(item)
+        queue += [getattr(item, "cause", None), item.__cause__, item.__context__]
+        queue += list(getattr(item, "worker_failures", {}).values())
+    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ClusterError(
+        f"stage {stage}: {type(error).__name__}: {first_line}",
+        "what is committed stays; run the same command again to go on from there",
+    )
+
+
+class Watchdog:
+    """Says so when nothing was done for a while: a pipeline that waits for resources looks the same as one that works."""
+
+    def __init__(self, stage: str, silence_s: float = SILENCE_S) -> None:
+        self._stage, self._silence_s = stage, silence_s
+        self._fed_s = self._said_s = time.monotonic()
+
+    def feed(self) -> None:
+        """Something was done."""
+        self._fed_s = time.monotonic()
+
+    @contextmanager
+    def watching(self) -> Iterator[Watchdog]:
+        """Watch for the time of the block."""
+        with every(min(self._silence_s, 10.0), self._look):
+            yield self
+
+    def _look(self) -> None:
+        import ray
+
+        now = time.monotonic()
+        if now - max(self._fed_s, self._said_s) < self._silence_s or not ray.is_initialized():
+            return
+        self._said_s = now
+        free = ray.available_resources()
+        say(
+            f"warning: stage {self._stage}: nothing was finished for {duration(now - self._fed_s)}; the cluster has "
+            f"{free.get('CPU', 0.0):g} CPU and {free.get('GPU', 0.0):g} GPU free"
+        )

@@ -1,0 +1,303 @@
+"""Corpus and queries as rows: list the files, measure them once, then read any shard as checked examples.
+
+A row is addressed by its file and its position in it; with no id column that address is its id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from . import storage
+from .decode import decode, type_problem
+from .errors import InputError, SpecError
+from .extensions import load_format
+from .formats.base import Format, relative_path
+from .plan import make_shards
+from .records import Column, Measured, Reject, Shard, SourceFile
+from .spec import CorpusSection, QueriesSection, unknown_word
+
+LISTING_THREADS = 16
+MAX_DUPLICATES_SHOWN = 5
+WHOLE_FILE_ROWS = 1 << 62
+SUFFIXES = {
+    ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv",
+    ".png": "image_folder", ".jpg": "image_folder", ".jpeg": "image_folder",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows that can be scored, checked and decoded.
+
+    Args:
+        example_id_N: Arrow strings, none null.
+        source_N: Arrow strings, null where there is none.
+        row_N: Position of each in its file.
+        arrays: Task column -> [N, *shape].
+        rejects: The shard's other rows.
+    """
+
+    example_id_N: pa.Array
+    source_N: pa.Array
+    row_N: np.ndarray
+    arrays: dict[str, np.ndarray]
+    rejects: list[Reject]
+
+
+class Corpus:
+    """The training examples that a corpus section names.
+
+    Args:
+        section: From the spec; `classes` of image folders are filled in by `list_files`.
+
+    Raises:
+        InputError: No file fits the section.
+    """
+
+    def __init__(self, section: CorpusSection) -> None:
+        self.section = section
+        self._format, self._name = open_format(section.uri, section.format, section.classes)
+
+    @property
+    def resolved(self) -> CorpusSection:
+        """The section with format, classes and an absolute URI filled in."""
+        classes = getattr(self._format, "classes", None)
+        return self.section.model_copy(
+            update={"uri": storage.absolute(self.section.uri), "format": self._name, "classes": classes}
+        )
+
+    def list_files(self) -> list[SourceFile]:
+        """Files in order, unopened. Raises InputError, StorageError."""
+        return self._format.files(self.section.uri)
+
+    def rows(self, file: SourceFile) -> int:
+        """Rows of one file. Raises InputError, StorageError."""
+        return self._format.measure(file).rows
+
+    def measure(self, files: Sequence[SourceFile], columns: Sequence[Column]) -> list[Measured]:
+        """Open every file once for its rows and columns, and check that it has what the run reads.
+
+        Raises:
+            InputError: A file cannot be read, lacks a column or has it in a type that cannot be decoded; the corpus is empty.
+        """
+        with ThreadPoolExecutor(LISTING_THREADS) as pool:
+            measured = list(pool.map(self._format.measure, files))
+        for one in measured:
+            self._check_columns(one, columns)
+        if not sum(one.rows for one in measured):
+            raise InputError(f"corpus {self.section.uri} has no rows in {len(files)} file(s)")
+        return measured
+
+    def _check_columns(self, measured: Measured, columns: Sequence[Column]) -> None:
+        asked = {
+            "corpus.example_id": [self.section.example_id] if self.section.example_id else [],
+            "corpus.source": [self.section.source] if self.section.source else [],
+            "corpus.payload": self.section.payload or [],
+        }
+        if measured.rows:
+            check_columns(measured, columns, asked)
+
+    def read(self, shard: Shard, columns: Sequence[Column]) -> Examples:
+        """Read and decode one shard.
+
+        Raises:
+            InputError: The file changed since it was frozen, or cannot be read at all.
+        """
+        self._check_unchanged(shard)
+        ids, sources = self.section.example_id, self.section.source
+        named = [name for column in columns for name in column.columns] + [name for name in (ids, sources) if name]
+        rows = self._format.read(shard, list(dict.fromkeys(named)))
+        id_N = _as_text(rows.table[ids]) if ids else self._made_ids(shard, rows.row_N)
+        source_N = _as_text(rows.table[sources]) if sources else pa.nulls(len(rows.table), pa.string())
+        arrays, good_N, rejects = decode(rows.table, rows.row_N, columns)
+        position = {int(row): i for i, row in enumerate(rows.row_N)} if rejects else {}
+        rejects = [replace(reject, example_id=id_N[position[reject.row]].as_py()) for reject in rejects]
+        if id_N.null_count:
+            missing_N = pc.is_null(id_N).to_numpy(zero_copy_only=False) & good_N
+            rejects += [Reject(int(row), str(ids), "null", "an id") for row in rows.row_N[missing_N]]
+            arrays = {name: array[~missing_N[good_N]] for name, array in arrays.items()}
+            good_N &= ~missing_N
+        mask = pa.array(good_N)
+        rejects = sorted([*rows.rejects, *rejects], key=lambda reject: reject.row)
+        return Examples(id_N.filter(mask), source_N.filter(mask), rows.row_N[good_N], arrays, rejects)
+
+    def _check_unchanged(self, shard: Shard) -> None:
+        if shard.members is not None:
+            return  # each image is read by name; a missing one is an error of its own
+        size_bytes, version = storage.stat(shard.path)
+        if (size_bytes, version) != (shard.size_bytes, shard.version):
+            raise InputError(
+                f"{shard.path} changed since the corpus was frozen: got {size_bytes} bytes of version {version}, "
+                f"expected {shard.size_bytes} of {shard.version}",
+                "put the file back, or start a new run",
+            )
+
+    def _made_ids(self, shard: Shard, row_N: np.ndarray) -> pa.Array:
+        path = relative_path(shard.path, self.section.uri)
+        if shard.members is not None:
+            return pa.array([f"{path}/{shard.members[row - shard.row_start]}" for row in row_N], pa.string())
+        return pc.binary_join_element_wise(path, pa.array(row_N).cast(pa.string()), "#")
+
+    def payload(self, shard: Shard, rows: Sequence[int], names: Sequence[str]) -> pa.Table:
+        """Payload columns of single rows of a shard, in the order asked. Raises InputError as `read` does."""
+        self._check_unchanged(shard)
+        read = self._format.read(shard, list(names))
+        return read.table.take(np.searchsorted(read.row_N, np.asarray(rows)))
+
+    def check_ids(self, shards: Sequence[Shard]) -> None:
+        """See that no example id comes twice, exactly and with memory that spills to disk.
+
+        Raises:
+            InputError: Some do; the first few are named with their files and rows.
+        """
+        name = self.section.example_id
+        if not name or not self.section.check_ids:
+            return
+        import duckdb
+
+        schema = pa.schema([("id", pa.string())])
+        batches = (pa.record_batch([ids], schema=schema) for _, ids in self._ids(shards, name))
+        with duckdb.connect() as connection:
+            connection.register("ids", pa.RecordBatchReader.from_batches(schema, batches))
+            twice = connection.execute(
+                "SELECT id FROM ids WHERE id IS NOT NULL GROUP BY id HAVING count(*) > 1 "
+                f"ORDER BY id LIMIT {MAX_DUPLICATES_SHOWN}"
+            ).fetchall()
+        if twice:
+            places = self._places(shards, name, {str(row[0]) for row in twice})
+            shown = "\n".join(f"  {value!r}: {' and '.join(where)}" for value, where in sorted(places.items()))
+            raise InputError(f"corpus column {name!r} must be unique, but these ids come more than once:\n{shown}")
+
+    def _ids(self, shards: Sequence[Shard], name: str) -> Iterator[tuple[Shard, pa.Array]]:
+        for shard in shards:
+            yield shard, _as_text(self._format.read(shard, [name]).table[name])
+
+    def _places(self, shards: Sequence[Shard], name: str, wanted: set[str]) -> dict[str, list[str]]:
+        places: dict[str, list[str]] = {}
+        for shard in shards:
+            rows = self._format.read(shard, [name])
+            for row, value in zip(rows.row_N, _as_text(rows.table[name]).to_pylist(), strict=True):
+                if value in wanted and len(places.setdefault(value, [])) < 2:
+                    places[value].append(f"{shard.path} row {row}")
+        return places
+
+
+def open_format(uri: str, name: str, classes: Sequence[str] | None) -> tuple[Format, str]:
+    """The reader for a section, and its format's name when the section says `auto`.
+
+    Raises:
+        InputError: Nothing is there, or files of several formats.
+    """
+    if name == "auto":
+        from .formats.base import find_files
+
+        found = {SUFFIXES[suffix] for file in find_files(uri, SUFFIXES) if (suffix := _suffix(file.path)) in SUFFIXES}
+        if len(found) > 1:
+            raise InputError(
+                f"{uri}: files of {len(found)} formats ({', '.join(sorted(found))})", "say which with `format:`"
+            )
+        name = found.pop()
+    arguments = {"classes": classes} if name == "image_folder" else {}
+    return load_format(name, arguments), name
+
+
+def check_columns(measured: Measured, columns: Sequence[Column], asked: Mapping[str, Sequence[str | None]]) -> None:
+    """See that a file has every column that the task and the spec's fields ask for, in a type that can be decoded.
+
+    Raises:
+        InputError: It has not; every problem of the file is listed.
+    """
+    problems = []
+    for field, names in {**asked, **{f"task column {c.name!r}": c.columns for c in columns}}.items():
+        for name in names:
+            if name is not None and name not in measured.columns:
+                problems.append(f"{field}: no column {unknown_word(name, measured.columns)}")
+    for column in columns:
+        for name in column.columns:
+            if name in measured.columns and (problem := type_problem(measured.columns[name], column)):
+                problems.append(f"task column {column.name!r}: column {name!r}: {problem}")
+    if problems:
+        raise InputError(f"{measured.file.path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Sequence[str] | None) -> pa.Table:
+    """All query rows: `query_id` first, then every column of their files.
+
+    Args:
+        section: From the spec.
+        columns: What the task reads.
+        classes: The corpus's, for image folders.
+
+    Raises:
+        InputError: Files, rows or ids are missing, or a row cannot be decoded: a query is never silently smaller.
+    """
+    reader, name = open_format(section.uri, section.format, classes)
+    id_column = section.query_id or ("path" if name == "image_folder" else "query_id")
+    tables = []
+    for file in reader.files(section.uri):
+        measured = reader.measure(file)
+        check_columns(measured, columns, {"queries.query_id": [id_column]})
+        for shard in make_shards([measured], WHOLE_FILE_ROWS):
+            rows = reader.read(shard, list(measured.columns))
+            _, _, rejects = decode(rows.table, rows.row_N, columns)
+            for reject in sorted([*rows.rejects, *rejects], key=lambda one: one.row):
+                raise InputError(
+                    f"query row {reject.row} of {file.path}: column {reject.column}: got {reject.got}, expected {reject.expected}"
+                )
+            id_N = _as_text(rows.table[id_column])
+            if id_N.null_count:
+                raise InputError(
+                    f"query row {rows.row_N[id_N.index(None).as_py()]} of {file.path}: {id_column} is null"
+                )
+            rest = rows.table.drop_columns([id_column]) if id_column == "query_id" else rows.table
+            tables.append(rest.add_column(0, "query_id", id_N))
+    if not tables:
+        raise InputError(f"queries {section.uri}: no rows", "a query is one or more rows that share a query_id")
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def decode_queries(table: pa.Table, columns: Sequence[Column]) -> dict[str, dict[str, np.ndarray]]:
+    """Query id -> task column -> [rows of the query, *shape], in order of first appearance.
+
+    Raises:
+        InputError: A row cannot be decoded.
+    """
+    arrays, good_N, rejects = decode(table, np.arange(len(table)), columns)
+    if not good_N.all():
+        raise InputError(f"queries.parquet row {rejects[0].row}: got {rejects[0].got}, expected {rejects[0].expected}")
+    id_N = np.asarray(table["query_id"].to_pylist())
+    return {
+        query_id: {name: array[id_N == query_id] for name, array in arrays.items()}
+        for query_id in dict.fromkeys(id_N.tolist())
+    }
+
+
+def payload_names(section: CorpusSection, columns: Sequence[Column]) -> list[str]:
+    """Columns carried into the ranked table: the section's, or those the task reads."""
+    if section.payload is not None:
+        return section.payload
+    return list(dict.fromkeys(name for column in columns for name in column.columns))
+
+
+def require_free_names(names: Sequence[str], taken: Sequence[str]) -> None:
+    """See that payload columns do not carry the names of the ranked table's own. Raises SpecError."""
+    if clash := sorted(set(names) & set(taken)):
+        raise SpecError(
+            f"corpus.payload: {', '.join(clash)}: the ranked table has columns of that name", "leave them out"
+        )
+
+
+def _as_text(values: pa.ChunkedArray) -> pa.Array:
+    array = values.combine_chunks()
+    return array if pa.types.is_string(array.type) else array.cast(pa.string())
+
+
+def _suffix(path: str) -> str:
+    name = path.rsplit("/", 1)[-1].lower()
+    return f".{name.rsplit('.', 1)[-1]}"

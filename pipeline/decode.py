@@ -1,0 +1,196 @@
+"""From Arrow columns to arrays a model takes, row by row checked: a row is good as a whole or rejected with its reason.
+
+Columns of numbers and of regular lists are decoded without touching single rows; only the rows that do not fit are
+looked at one by one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .records import Column, Reject
+
+SHOW_CHARS = 60
+
+
+def decode(
+    table: pa.Table, row_N: np.ndarray, columns: Sequence[Column]
+) -> tuple[dict[str, np.ndarray], np.ndarray, list[Reject]]:
+    """Decode the columns of a task.
+
+    Args:
+        table: N rows with every column that `columns` name.
+        row_N: Position of each row in its file, for the rejects.
+        columns: What the task reads.
+
+    Returns:
+        Column name -> array [G, *shape] of the G good rows; mask [N] of good rows; one Reject per other row.
+    """
+    good_N = np.ones(len(table), bool)
+    rejects: list[Reject] = []
+    arrays = {}
+    for column in columns:
+        arrays[column.name], bad = _column(table, column)
+        rejects += [
+            Reject(int(row_N[i]), ", ".join(column.columns), got, column.expected)
+            for i, got in bad.items()
+            if good_N[i]
+        ]
+        good_N[list(bad)] = False
+    if good_N.all():
+        return arrays, good_N, rejects
+    return {name: array[good_N] for name, array in arrays.items()}, good_N, rejects
+
+
+def _column(table: pa.Table, column: Column) -> tuple[np.ndarray, dict[int, str]]:
+    """Array [N, *shape] with zeros where a row is bad, and what was got in each bad row."""
+    if len(column.columns) == 1:
+        return _values(table[column.columns[0]].combine_chunks(), column)
+    scalar = Column(column.name, (), column.dtype)
+    parts, bad = [], {}
+    for name in column.columns:
+        part_N, part_bad = _values(table[name].combine_chunks(), scalar)
+        parts.append(part_N)
+        bad = {**{i: f"{name}: {got}" for i, got in part_bad.items()}, **bad}
+    return np.stack(parts, axis=-1).reshape(len(table), *column.shape), bad
+
+
+def _values(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str]]:
+    size = int(np.prod(column.shape, dtype=np.int64))
+    fits_N = _regular(values, size)
+    out = np.zeros((len(values), size), column.dtype)
+    bad: dict[int, str] = {}
+    dense = _dense(values.filter(pa.array(fits_N)) if not fits_N.all() else values, size)
+    if dense is None:
+        fits_N = np.zeros(len(values), bool)
+    else:
+        bad = {int(np.flatnonzero(fits_N)[i]): got for i, got in _not_numbers(dense, column).items()}
+        out[fits_N] = np.where(np.isfinite(dense), dense, 0) if bad else dense
+    for i in np.flatnonzero(~fits_N):
+        try:
+            out[i] = _one(values[int(i)].as_py(), column).reshape(-1)
+        except (ValueError, TypeError, OverflowError) as error:
+            bad[int(i)] = str(error)
+    return out.reshape(len(values), *column.shape), bad
+
+
+def _regular(values: pa.Array, size: int) -> np.ndarray:
+    """Mask [N] of rows that may be decoded together: valid numbers, or valid lists of the right length."""
+    if _is_list(values.type):
+        inner = _leaves(values.flatten())
+        lengths_N = pc.list_value_length(values).fill_null(-1).to_numpy(zero_copy_only=False)
+        return lengths_N * inner == size if inner is not None else np.zeros(len(values), bool)
+    valid_N = values.is_valid().to_numpy(zero_copy_only=False)
+    return np.asarray(valid_N & (size == 1 and not _no_number(values.type)), bool)
+
+
+def _leaves(values: pa.Array) -> int | None:
+    """How many numbers each element holds, if all hold equally many."""
+    if not _is_list(values.type):
+        return 1
+    lengths = np.unique(pc.list_value_length(values).fill_null(-1).to_numpy(zero_copy_only=False))
+    inner = _leaves(values.flatten())
+    return int(lengths[0]) * inner if len(lengths) == 1 and lengths[0] >= 0 and inner is not None else None
+
+
+def _dense(values: pa.Array, size: int) -> np.ndarray | None:
+    """Numbers [N, size], or null if the lists turn out ragged, hold nulls, or hold no numbers."""
+    leaf = values
+    while _is_list(leaf.type):
+        leaf = leaf.flatten()
+    if leaf.null_count or len(leaf) != len(values) * size or _no_number(leaf.type):
+        return None
+    return np.asarray(leaf.to_numpy(zero_copy_only=False)).reshape(len(values), size)
+
+
+def _not_numbers(dense: np.ndarray, column: Column) -> dict[int, str]:
+    """Rows of [N, size] with a value that the column's dtype cannot hold."""
+    if dense.dtype.kind != "f":
+        return {}
+    fine = np.isfinite(dense)
+    if column.dtype.startswith("int"):
+        fine &= dense == np.floor(dense)
+    rows = np.flatnonzero(~fine.all(axis=1))
+    return {int(i): _misfit(dense[i], int(np.argmin(fine[i]))) for i in rows}
+
+
+def _misfit(values: np.ndarray, position: int) -> str:
+    return f"{values[position]}" if values.size == 1 else f"{values[position]} at position {position}"
+
+
+def _one(value: Any, column: Column) -> np.ndarray:
+    """One row's value, whatever its form. Raises ValueError whose text says what was got."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # an image as Hugging Face stores it
+        value = value["bytes"]
+    if value is None:
+        raise ValueError("null")
+    if isinstance(value, bytes):
+        return _image(value, column)
+    shown = value
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(_shorten(repr(shown))) from None
+    try:
+        array = np.asarray(value)
+    except ValueError:  # ragged
+        raise ValueError(f"ragged lists {_shorten(repr(shown))}") from None
+    if array.dtype.kind not in "iufb":
+        raise ValueError(_shorten(repr(shown)))
+    if array.size != np.prod(column.shape, dtype=np.int64):
+        raise ValueError(f"{'x'.join(map(str, array.shape)) or '1'} values")
+    if misfits := _not_numbers(array.reshape(1, -1), column):
+        raise ValueError(misfits[0])
+    return array
+
+
+def _image(data: bytes, column: Column) -> np.ndarray:
+    """Image bytes as floats in [0, 1], (C, H, W) or (H, W) as the column's shape asks."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not column.is_image:
+        raise ValueError(f"{len(data)} bytes")
+    gray = len(column.shape) == 2 or column.shape[0] == 1
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("L" if gray else "RGB"), np.float32) / 255
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"an image that cannot be decoded ({type(error).__name__}, {len(data)} bytes)") from None
+    if pixels.shape[:2] != tuple(column.shape[-2:]):
+        raise ValueError(f"an image of {pixels.shape[0]}x{pixels.shape[1]}")
+    return pixels if gray else pixels.transpose(2, 0, 1)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _no_number(kind: pa.DataType) -> bool:
+    return not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOW_CHARS else text[:SHOW_CHARS] + "..."
+
+
+def type_problem(kind: pa.DataType, column: Column) -> str:
+    """Why a column of this Arrow type can never be decoded; empty if it can, or if only its rows can tell."""
+    leaf, depth = kind, 0
+    while _is_list(leaf):
+        leaf, depth = leaf.value_type, depth + 1
+    size = int(np.prod(column.shape)) if len(column.columns) == 1 else 1
+    if pa.types.is_null(leaf):  # text formats know no types
+        fits = True
+    elif _no_number(leaf):
+        fits = column.is_image and depth == 0 and (pa.types.is_binary(leaf) or pa.types.is_struct(leaf))
+    else:
+        fits = (depth > 0 or size == 1) and not (column.dtype.startswith("int") and pa.types.is_floating(leaf))
+    return "" if fits else f"got {kind}, expected {column.expected}"

@@ -1,0 +1,81 @@
+"""The protocol of a format, and the listing that most of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from fsspec.implementations.local import LocalFileSystem
+
+from .. import storage
+from ..errors import InputError
+from ..records import Measured, Rows, Shard, SourceFile
+
+
+class Format(Protocol):
+    """Lists files, measures them once, reads contiguous rows of one."""
+
+    suffixes: tuple[str, ...]
+
+    def files(self, uri: str) -> list[SourceFile]:
+        """Files of a corpus in a fixed order, without opening them. Raises InputError, StorageError."""
+        ...
+
+    def measure(self, file: SourceFile) -> Measured:
+        """Rows and columns of one file. Raises InputError if it cannot be read as this format."""
+        ...
+
+    def read(self, shard: Shard, columns: Sequence[str]) -> Rows:
+        """The shard's rows with the columns asked for; rows that cannot be parsed come back as rejects.
+
+        Raises:
+            InputError: The file cannot be read, or holds other rows than the manifest says.
+        """
+        ...
+
+
+def corpus_root(uri: str) -> str:
+    """The folder that example ids are relative to: the URI itself, a file's folder, or what precedes a wildcard."""
+    fs, path = storage.locate(storage.absolute(uri))
+    if any(wildcard in path for wildcard in "*?["):
+        head = path
+        while any(wildcard in head for wildcard in "*?["):
+            head = head.rsplit("/", 1)[0]
+        return head
+    with storage.mapped(uri):
+        return path if fs.isdir(path) else path.rsplit("/", 1)[0]
+
+
+def relative_path(path: str, uri: str) -> str:
+    """A corpus file's path below the corpus root."""
+    return storage.locate(path)[1].removeprefix(corpus_root(uri)).lstrip("/")
+
+
+def find_files(uri: str, suffixes: Collection[str]) -> list[SourceFile]:
+    """Files with one of the suffixes under a folder, matching a glob, or the one file named; sorted by path.
+
+    Names that begin with a dot or underscore are passed over. Raises InputError if there is none, StorageError.
+    """
+    fs, path = storage.locate(storage.absolute(uri))
+    with storage.mapped(uri):
+        if any(wildcard in path for wildcard in "*?["):
+            found = fs.glob(path, detail=True)
+        elif fs.isfile(path):
+            found = {path: fs.info(path)}
+        else:
+            found = fs.find(path, detail=True)
+    files = [
+        SourceFile(
+            path=name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name),
+            size_bytes=int(info["size"]),
+            version=storage.version(info),
+        )
+        for name, info in sorted(found.items())
+        if info["type"] == "file" and name.rsplit("/", 1)[-1][0] not in "._" and name.lower().endswith(tuple(suffixes))
+    ]
+    if not files:
+        there = "no file there" if not found else f"{len(found)} other file(s) there"
+        raise InputError(
+            f"{uri}: no file ending in {', '.join(sorted(suffixes))} ({there})", "check the path and the format"
+        )
+    return files

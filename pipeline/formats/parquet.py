@@ -1,0 +1,68 @@
+"""Parquet: row counts and types from the footers, rows from the row groups that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .. import storage
+from ..errors import InputError
+from ..records import Measured, Rows, Shard, SourceFile
+from .base import find_files
+
+
+class Parquet:
+    """Apache Parquet files."""
+
+    suffixes = (".parquet", ".pq")
+
+    def files(self, uri: str) -> list[SourceFile]:
+        """See Format."""
+        return find_files(uri, self.suffixes)
+
+    def measure(self, file: SourceFile) -> Measured:
+        """See Format."""
+        with _reading(file.path) as source:
+            parquet = pq.ParquetFile(source)
+            schema = parquet.schema_arrow
+            return Measured(file, parquet.metadata.num_rows, dict(zip(schema.names, schema.types, strict=True)))
+
+    def read(self, shard: Shard, columns: Sequence[str]) -> Rows:
+        """See Format."""
+        with _reading(shard.path) as source:
+            parquet = pq.ParquetFile(source, pre_buffer=True)
+            groups, first = _row_groups(parquet.metadata, shard.row_start, shard.rows)
+            # Without dictionary or nested names: a column is asked for by its top-level name.
+            table = parquet.read_row_groups(groups, columns=list(columns))
+        rows = table.slice(shard.row_start - first, shard.rows)
+        if len(rows) != shard.rows:
+            raise InputError(f"{shard.path}: got {len(rows)} rows from row {shard.row_start}, expected {shard.rows}")
+        return Rows(rows, np.arange(shard.row_start, shard.row_start + shard.rows))
+
+
+def _row_groups(metadata: pq.FileMetaData, start: int, rows: int) -> tuple[list[int], int]:
+    """Row groups that overlap [start, start + rows), and the first row of the first of them."""
+    groups, first, position = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).num_rows
+        if position < start + rows and position + size > start:
+            first = position if not groups else first
+            groups.append(group)
+        position += size
+    return groups, first
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[BinaryIO]:
+    with storage.reading(path) as source:
+        try:
+            yield source
+        except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowNotImplementedError) as error:
+            raise InputError(f"{path} cannot be read as Parquet: {error}") from error
+        except OSError as error:  # pyarrow raises a bare OSError for damaged pages
+            raise InputError(f"{path} cannot be read as Parquet: {error}") from error

@@ -1,0 +1,188 @@
+"""Stage 0: check everything that can be checked before work, and freeze it.
+
+Reads: the spec, corpus files, query files, the weights' digest.
+Writes: manifest.parquet, queries.parquet, and run.yaml last.
+Resumes: an existing run is opened; any change of what decides its scores is refused, naming the field or the file.
+Next: tune.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+
+from . import artifacts, storage
+from .artifacts import Run, is_run, open_run
+from .corpus import Corpus, open_format, payload_names, read_queries, require_free_names
+from .errors import ArtifactError, InputError
+from .extensions import load_task
+from .formats.base import relative_path
+from .observe import say
+from .plan import Plan, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
+from .records import RANKED, Shard, SourceFile
+from .spec import Resolved, Spec
+from .specfile import changed_fields
+
+PACKAGES = ("mirrorscope", "torch", "ray", "pyarrow")
+MAX_CHANGES_SHOWN = 8
+MAX_QUERY_ID_CHARS = 200
+
+
+def freeze(spec: Spec) -> Run:
+    """Open the run that a spec describes, making it on the first start.
+
+    Raises:
+        SpecError, InputError, ContractError: The spec or its inputs are wrong; nothing was written.
+        ArtifactError: The folder holds a run of another spec, or inputs changed since it was made.
+    """
+    run, resumed = _open_or_survey(spec)
+    if not resumed:
+        Corpus(run.spec.corpus).check_ids(run.shards)
+        artifacts.create_run(run)
+        say(
+            f"froze {run.rows:,} training examples in {len(run.shards)} shards, {len(run.query_ids)} queries: {run.uri()}"
+        )
+    return run
+
+
+def survey(spec: Spec) -> tuple[Run, Plan]:
+    """What `freeze` would make and the stages would do; writes nothing. Raises as `freeze` does."""
+    run, _ = _open_or_survey(spec)
+    return run, make_plan(run.spec, run.shards, run.query_ids, len(run.queries))
+
+
+def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
+    """The run of a spec, and whether it was there before."""
+    resumed = is_run(storage.absolute(spec.run.uri))
+    run = _reopen(spec) if resumed else _survey(spec)
+    require_free_names(payload_names(run.spec.corpus, run.columns), RANKED.names)
+    return run, resumed
+
+
+def _survey(spec: Spec) -> Run:
+    """The run that a spec describes, from its inputs alone."""
+    columns = load_task(spec.task).columns()
+    corpus = Corpus(spec.corpus)
+    measured = corpus.measure(corpus.list_files(), columns)
+    queries = read_queries(spec.queries, columns, corpus.resolved.classes)
+    for query_id in queries["query_id"].to_pylist():
+        if not 0 < len(query_id) <= MAX_QUERY_ID_CHARS:
+            raise InputError(
+                f"query_id {query_id!r}: got {len(query_id)} characters, expected 1 to {MAX_QUERY_ID_CHARS}"
+            )
+    rows_each = shard_rows(spec, sum(one.rows for one in measured))
+    shards = make_shards(measured, rows_each)
+    resolved = _resolve(spec, corpus, rows_each)
+    digests = _digests(resolved, shards)
+    _require_same_inputs(spec, digests)
+    resolved = resolved.model_copy(
+        update={"resolved": Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, versions=_versions())}
+    )
+    return Run(resolved, tuple(shards), tuple(columns), queries)
+
+
+def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
+    """The spec with nothing left to find out: absolute URIs, formats, classes, shard size."""
+    queries = spec.queries
+    _, queries_format = open_format(queries.uri, queries.format, corpus.resolved.classes)
+    update = {
+        "run": spec.run.model_copy(update={"uri": storage.absolute(spec.run.uri)}),
+        "corpus": corpus.resolved,
+        "queries": queries.model_copy(update={"uri": storage.absolute(queries.uri), "format": queries_format}),
+        "score": spec.score.model_copy(update={"shard_rows": rows_each}),
+    }
+    if spec.model.weights_uri is not None:
+        update["model"] = spec.model.model_copy(update={"weights_uri": storage.absolute(spec.model.weights_uri)})
+    return spec.model_copy(update=update)
+
+
+def _digests(spec: Spec, shards: Sequence[Shard]) -> dict[str, str]:
+    reader, _ = open_format(spec.queries.uri, spec.queries.format, spec.corpus.classes)
+    contents = [digest for file in reader.files(spec.queries.uri) for digest in _content_digests(file)]
+    relative = {path: relative_path(path, spec.corpus.uri) for path in {shard.path for shard in shards}}
+    digests = {
+        "queries": storage.bytes_digest("\n".join(contents).encode()),
+        "corpus": corpus_digest(shards, relative),
+    }
+    if spec.model.weights_uri is not None:
+        digests["weights"] = storage.file_digest(spec.model.weights_uri)
+    return digests
+
+
+def _content_digests(file: SourceFile) -> list[str]:
+    paths = [file.path] if file.members is None else [f"{file.path}/{member}" for member in file.members]
+    return [storage.file_digest(path) for path in paths]
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def _require_same_inputs(spec: Spec, digests: dict[str, str]) -> None:
+    """A spec that was resolved before runs again only on the same inputs. Raises ArtifactError."""
+    if spec.resolved is None:
+        return
+    changed = [name for name, digest in spec.resolved.digests.items() if digests.get(name) != digest]
+    if changed:
+        raise ArtifactError(
+            f"the spec was resolved with other inputs: {', '.join(sorted(changed))} changed since",
+            "put them back, or delete the section `resolved` to run on what is there now",
+        )
+
+
+def _reopen(spec: Spec) -> Run:
+    """The run in the folder, if the spec and its inputs are those it was made with; else ArtifactError."""
+    run = open_run(spec.run.uri)
+    corpus = Corpus(spec.corpus)
+    _require_same_files(run, corpus)
+    rows_each = spec.score.shard_rows or run.spec.score.shard_rows
+    assert rows_each is not None
+    wanted = _resolve(spec, corpus, rows_each)
+    digests = _digests(wanted, run.shards)
+    changes = changed_fields(identity(run.spec), identity(wanted))
+    changes += [
+        f"{name}: the file's contents" for name, old in run.resolved.digests.items() if digests.get(name) != old
+    ]
+    if changes:
+        shown = "\n".join(f"  {change}" for change in changes[:MAX_CHANGES_SHOWN])
+        raise ArtifactError(
+            f"{run.uri()} was made by another spec:\n{shown}",
+            "use another run.uri for the changed spec, or undo the change",
+        )
+    _warn_versions(run)
+    spec_now = wanted.model_copy(update={"resolved": run.spec.resolved})
+    run_now = replace(run, spec=spec_now)
+    if spec_now != run.spec:  # fields that move no score: how many workers, how deep to rank
+        artifacts.save_spec(run_now)
+    return run_now
+
+
+def _require_same_files(run: Run, corpus: Corpus) -> None:
+    files = {file.path: file for file in corpus.list_files()}
+    frozen = {shard.path: (shard.size_bytes, shard.version) for shard in run.shards}
+    now = {path: (file.size_bytes, file.version) for path, file in files.items()}
+    strangers = [file for path, file in files.items() if path not in frozen]  # new, or without rows then as now
+    changes = [f"{file.path}: not in the corpus when it was frozen" for file in strangers if corpus.rows(file)]
+    changes += [f"{path}: gone" for path in frozen if path not in now]
+    changes += [
+        f"{path}: {now[path][0]:,} bytes of version {now[path][1]}, frozen with {frozen[path][0]:,} of {frozen[path][1]}"
+        for path in frozen
+        if path in now and now[path] != frozen[path]
+    ]
+    if changes:
+        shown = "\n".join(f"  {change}" for change in changes[:MAX_CHANGES_SHOWN])
+        raise ArtifactError(
+            f"the corpus changed since {run.uri()} was frozen:\n{shown}",
+            "put the files back, or start a new run in another folder",
+        )
+
+
+def _warn_versions(run: Run) -> None:
+    now = _versions()
+    for package, then in run.resolved.versions.items():
+        if now.get(package) != then:
+            say(
+                f"warning: {run.uri()} was begun with {package} {then}, this is {now.get(package)}: last bits may differ"
+            )

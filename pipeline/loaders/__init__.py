@@ -1,0 +1,4 @@
+"""Where a base model comes from: one module per kind of checkpoint, `base.py` holds the protocol."""
+
+BUILTIN = {"torch_module": "pipeline.loaders.torch_module:TorchModule"}
+"""Word in the spec -> class."""

@@ -1,0 +1,107 @@
+"""What a person sees while it works: progress and notices, on standard error. Names and units in one place.
+
+On a terminal one live bar per stage; elsewhere (a job's log, a pipe) plain lines, at most one in PLAIN_EVERY_S seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PLAIN_EVERY_S = 5.0
+
+
+def say(text: str) -> None:
+    """One notice for a person."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def rate(examples: float, seconds: float) -> str:
+    """Examples per second, readable."""
+    return f"{examples / seconds:,.0f} examples/s" if seconds > 0 and examples else ""
+
+
+class Progress:
+    """Progress of one stage.
+
+    Args:
+        stage: Name of the stage.
+        total: How many there are in all.
+        unit: What is counted.
+        done: How many were done before this start; they count as done, not as speed.
+    """
+
+    def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
+        self._stage, self._total, self._unit = stage, total, unit
+        self._before, self.done, self._examples = done, done, 0
+        self._start_s, self._shown_s = time.monotonic(), 0.0
+        self._live = sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        self._show()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show(last=True)
+
+    def advance(self, examples: int = 0) -> None:
+        """One more is done, with so many examples."""
+        self._examples += examples
+        self.at(self.done + 1)
+
+    def at(self, done: int) -> None:
+        """So many are done in all."""
+        self.done = done
+        if self._live or time.monotonic() - self._shown_s >= PLAIN_EVERY_S:
+            self._show()
+
+    def line(self) -> str:
+        """The progress as one line of text."""
+        elapsed_s = time.monotonic() - self._start_s
+        fresh = self.done - self._before
+        left = duration((self._total - self.done) * elapsed_s / fresh) if fresh else "?"
+        parts = [
+            f"{self._stage:<6}{self.done:,}/{self._total:,} {self._unit}",
+            f"{self.done / self._total:4.0%}" if self._total else "",
+            rate(self._examples, elapsed_s),
+            f"took {duration(elapsed_s)}" if self.done >= self._total else f"ETA {left}",
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _show(self, last: bool = False) -> None:
+        self._shown_s = time.monotonic()
+        if self._live:
+            sys.stderr.write(f"\r\x1b[K{self.line()}" + ("\n" if last else ""))
+            sys.stderr.flush()
+        else:
+            say(self.line())
+
+
+@contextmanager
+def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Run an action over and over in a thread, as long as the block lasts; the last time at its end."""
+    stopped = threading.Event()
+
+    def loop() -> None:
+        while not stopped.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+    action()

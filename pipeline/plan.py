@@ -1,0 +1,121 @@
+"""What would be done, without doing it: spec and measured files -> shards, identity, sizes. Pure: no I/O, no Ray, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .records import Measured, Shard
+from .spec import Spec
+
+MAX_SHARD_ROWS = 65_536
+SHARDS_AIMED_AT = 32
+SCORE_ROW_BYTES = 30
+"""Bytes of one score row on disk, measured on digits with made ids; ids of a user's own can be longer."""
+
+SCORES_DEPEND_ON = ("model", "task", "corpus", "queries", "producer", "score", "seed")
+"""Sections that make two runs different runs."""
+_FREE = {"corpus": ("payload", "check_ids"), "score": ("max_reject_fraction",)}
+"""Fields in them that may change between two starts of one run: they move no score."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of a run before it starts.
+
+    Args:
+        rows: Training examples.
+        files: Corpus files.
+        shards: Units of work.
+        queries: Counterparts to make.
+        query_rows: Rows of all queries together.
+        forward_passes: Examples through a model in stage score: one base pass and one per query.
+        objects: Objects written by all stages.
+        score_bytes: Rough size of scores/ on the store.
+    """
+
+    rows: int
+    files: int
+    shards: int
+    queries: int
+    query_rows: int
+    forward_passes: int
+    objects: int
+    score_bytes: int
+
+
+def shard_rows(spec: Spec, rows: int) -> int:
+    """Rows per shard: the spec's, or a 32nd of the corpus in whole batches, at most 65,536."""
+    if spec.score.shard_rows is not None:
+        return spec.score.shard_rows
+    batch = spec.score.batch_rows
+    wanted = min(math.ceil(rows / SHARDS_AIMED_AT), max(MAX_SHARD_ROWS, batch))
+    return max(1, math.ceil(wanted / batch)) * batch
+
+
+def make_shards(files: Sequence[Measured], rows_each: int) -> list[Shard]:
+    """Cut files into shards of at most `rows_each` rows; a shard never spans two files.
+
+    Every row of every file is in exactly one shard, in order; shard ids count from 0.
+    """
+    shards: list[Shard] = []
+    for measured in files:
+        for start in range(0, measured.rows, rows_each):
+            shards.append(_shard(len(shards), measured, start, min(rows_each, measured.rows - start)))
+    return shards
+
+
+def _shard(shard_id: int, measured: Measured, start: int, rows: int) -> Shard:
+    file, offsets, stride = measured.file, measured.byte_offsets, measured.stride
+    return Shard(
+        shard_id=shard_id,
+        path=file.path,
+        row_start=start,
+        rows=rows,
+        byte_start=offsets[start // stride] if stride else None,
+        byte_stop=offsets[math.ceil((start + rows) / stride)] if stride else None,
+        members=file.members[start : start + rows] if file.members is not None else None,
+        size_bytes=file.size_bytes,
+        version=file.version,
+    )
+
+
+def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], query_rows: int) -> Plan:
+    """Figures of the run that `spec` and `shards` make."""
+    rows, queries = sum(shard.rows for shard in shards), len(query_ids)
+    per_shard = queries + 2 + (spec.corpus.source is not None)  # scores, partial top-k, commit, partial sources
+    return Plan(
+        rows=rows,
+        files=len({shard.path for shard in shards}),
+        shards=len(shards),
+        queries=queries,
+        query_rows=query_rows,
+        forward_passes=rows * (1 + queries),
+        objects=3 + 2 * queries + len(shards) * per_shard + 8,
+        score_bytes=rows * queries * SCORE_ROW_BYTES,
+    )
+
+
+def identity(spec: Spec) -> dict[str, Any]:
+    """The part of a spec that decides the scores."""
+    tree = spec.model_dump(mode="json", include=set(SCORES_DEPEND_ON))
+    for section, fields in _FREE.items():
+        for field in fields:
+            tree[section].pop(field)
+    return tree
+
+
+def fingerprint(spec: Spec, digests: Mapping[str, str]) -> str:
+    """Digest of everything that decides the scores: the spec's identity and its inputs' digests."""
+    text = json.dumps({"spec": identity(spec), "digests": dict(digests)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def corpus_digest(shards: Sequence[Shard], relative: Mapping[str, str]) -> str:
+    """Digest of the corpus as the run sees it: relative path, size and row ranges, wherever it lies."""
+    lines = [f"{relative[shard.path]} {shard.size_bytes} {shard.row_start} {shard.rows}" for shard in shards]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,86 @@
+"""Optimizer steps on a query: what `unlearn` and `finetune` share."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ContractError, NumericsError
+from ..tasks.base import Batch, Task
+
+MAX_NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Recipe of the steps; the spec's fields of the same names say what each means."""
+
+    optimizer: str
+    lr: float
+    momentum: float
+    steps: int
+    weight_decay: float
+    max_grad_norm: float
+    max_loss_change: float
+    parameters: str
+    mode: str
+
+    def tunable_copy(self, base: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
+        """A copy of the base in the recipe's mode, and those of its parameters that the steps move.
+
+        Raises:
+            ContractError: The pattern matches no parameter.
+        """
+        model = copy.deepcopy(base).requires_grad_(False)
+        model.train(self.mode == "train")
+        pattern = re.compile(self.parameters)
+        chosen = [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
+        if not chosen:
+            names = [name for name, _ in model.named_parameters()]
+            raise ContractError(
+                f"producer.parameters: {self.parameters!r} matches none of {len(names)} parameters: "
+                + ", ".join(names[:MAX_NAMES_SHOWN])
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return model, chosen
+
+    def take(self, model: nn.Module, parameters: list[nn.Parameter], task: Task, query: Batch, sign: int) -> int:
+        """Move the parameters along `sign` times the gradient of the query's mean loss, in place; steps taken, at least one.
+
+        Raises:
+            NumericsError: The loss is not finite at some step.
+        """
+        optimizer = self._optimizer(parameters)
+        first = 0.0
+        for step in range(self.steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss = query_loss(model, task, query)
+            now = loss.item()
+            if not math.isfinite(now):
+                raise NumericsError(
+                    f"the query's loss is {now} before step {step + 1} of {self.steps}", "lower producer.lr"
+                )
+            first = first if step else now
+            if self.max_loss_change and abs(now - first) >= self.max_loss_change:
+                return step
+            (-sign * loss).backward()
+            if self.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            optimizer.step()
+        return self.steps
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+def query_loss(model: nn.Module, task: Task, query: Batch) -> Tensor:
+    """Mean loss of a query's rows, in nats: what the steps climb or descend."""
+    return task.loss_B(model, query).mean()

@@ -1,0 +1,120 @@
+"""Stage 3: the strongest proponents and opponents of every query, and sums per source.
+
+Reads: commits/, partials/ (or scores/, when k or the transform is not what the partials hold), payload from the corpus.
+Writes: topk/ranked.parquet, topk/sources.parquet, and topk/meta.json last.
+Resumes: runs again as a whole; it takes seconds and scores nothing.
+Next: report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from . import storage, topk
+from .artifacts import Run, parallel, partition
+from .corpus import Corpus, payload_names
+from .errors import ArtifactError
+from .observe import say
+from .records import RANKED, SOURCES, Receipt
+
+MERGE_AT_ONCE = 256
+"""Partial tables merged at a time: memory is this many partials, whatever the number of shards."""
+
+
+def rank(run: Run) -> pa.Table:
+    """Rank a fully scored run; the ranked table, as RANKED with payload columns behind.
+
+    Raises:
+        ArtifactError: Shards are missing, or an artifact is damaged.
+        InputError: The corpus changed, so that payload cannot be fetched.
+    """
+    receipts = run.complete_receipts()
+    section = run.spec.rank
+    scored = sum(receipt.rows for receipt in receipts)
+    if section.k > scored:
+        say(f"rank.k is {section.k:,} but {scored:,} examples were scored: all of them are listed")
+    read = _partials if _partials_fit(run, receipts) else _from_scores
+    top, sources = _merged(run, receipts, read)
+    payload = payload_names(run.spec.corpus, run.columns)
+    ranked = _with_payload(run, topk.with_rank(top), payload)
+    run.write_table(ranked, "topk", "ranked.parquet")
+    run.write_table(sources, "topk", "sources.parquet")
+    meta = {
+        "k": section.k,
+        "transform": topk.transform_name(section.transform, section.eps),
+        "payload": payload,
+        "examples": scored,
+        "fingerprint": run.resolved.fingerprint,
+    }
+    run.write_json(meta, "topk", "meta.json")
+    return ranked
+
+
+def read_ranked(run: Run) -> tuple[pa.Table, dict[str, Any]]:
+    """The ranked table and its meta.json. Raises ArtifactError if the run was not ranked."""
+    if not storage.exists(run.uri("topk", "meta.json")):
+        raise ArtifactError(f"{run.uri()} is not ranked yet", "run it to its end, or `mirrorscope rank` it")
+    return run.read_table("topk", "ranked.parquet"), run.read_json("topk", "meta.json")
+
+
+def _partials_fit(run: Run, receipts: Sequence[Receipt]) -> bool:
+    wanted = topk.transform_name(run.spec.rank.transform, run.spec.rank.eps)
+    return all(receipt.transform == wanted and receipt.k >= run.spec.rank.k for receipt in receipts)
+
+
+def _partials(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
+    """A shard's partial top-k and source sums, as it committed them."""
+    name = f"shard-{receipt.shard_id:06d}.parquet"
+    return run.read_table("partials", "topk", name), run.read_table("partials", "sources", name)
+
+
+def _from_scores(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
+    """The same from the shard's scores, for another k or transform."""
+    section, name = run.spec.rank, f"shard-{receipt.shard_id:06d}.parquet"
+    tops, sums = [], []
+    for query_id in run.query_ids:
+        valued = topk.with_value(run.read_table("scores", partition(query_id), name), section.transform, section.eps)
+        tops.append(topk.partial_topk(valued, section.k, section.transform))
+        sums.append(topk.source_sums(valued))
+    return pa.concat_tables(tops), pa.concat_tables(sums)
+
+
+def _merged(run: Run, receipts: Sequence[Receipt], read: Any) -> tuple[pa.Table, pa.Table]:
+    """Top-k and source sums of all shards, a bounded number of partials at a time."""
+    tops, sums = [], []
+    for start in range(0, len(receipts), MERGE_AT_ONCE):
+        parts = parallel(lambda receipt: read(run, receipt), receipts[start : start + MERGE_AT_ONCE])
+        tops = [topk.merge_topk([*tops, *(top for top, _ in parts)], run.spec.rank.k)]
+        sums = [topk.merge_sources([*sums, *(part for _, part in parts)])]
+    return tops[0], sums[0] if run.spec.corpus.source else SOURCES.empty_table()
+
+
+def _with_payload(run: Run, ranked: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The ranked table with payload columns fetched from the corpus, each shard's rows in one read."""
+    if not names or not len(ranked):
+        return ranked
+    corpus = Corpus(run.spec.corpus)
+    corpus.list_files()
+    shard_N, row_N = ranked["shard_id"].to_numpy(), ranked["row"].to_numpy()
+    shards = np.unique(shard_N)
+    rows_each = [np.unique(row_N[shard_N == shard]) for shard in shards]
+    fetched = parallel(
+        lambda i: corpus.payload(run.shards[shards[i]], rows_each[i].tolist(), names), range(len(shards))
+    )
+    starts = np.cumsum([0, *(len(rows) for rows in rows_each)])
+    position = {
+        (int(shard), int(row)): int(starts[i] + j)
+        for i, shard in enumerate(shards)
+        for j, row in enumerate(rows_each[i])
+    }
+    payload = pa.concat_tables(fetched, promote_options="permissive")
+    payload = payload.take([position[int(s), int(r)] for s, r in zip(shard_N, row_N, strict=True)])
+    for name in names:
+        described = {"description": f"Payload: column {name!r} of the corpus."}
+        ranked = ranked.append_column(pa.field(name, payload[name].type, True, described), payload[name])
+    assert ranked.schema.names[: len(RANKED)] == RANKED.names
+    return ranked

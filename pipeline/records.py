@@ -1,0 +1,241 @@
+"""What flows between the stages: one Arrow schema per table, one frozen type per thing.
+
+Every column carries its description in the Parquet metadata (key `description`), so that a lake shows it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+Transform = Literal["signed", "absolute", "relative"]
+Side = Literal["proponent", "opponent"]
+
+
+def _schema(*columns: tuple[str, pa.DataType, bool, str]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable, {"description": text}) for name, kind, nullable, text in columns])
+
+
+_EXAMPLE_ID = ("example_id", pa.string(), False, "Stable id of the training example, unique in the corpus.")
+_SOURCE = ("source", pa.string(), True, "Group of the example (site, author, split); null without a source column.")
+_QUERY_ID = ("query_id", pa.string(), False, "What is attributed: one or more examples asked about together.")
+_BASE_LOSS = ("base_loss", pa.float32(), False, "Loss of the example under the base model, in nats.")
+_COUNTERPART_LOSS = ("counterpart_loss", pa.float32(), False, "Loss of the example under the counterpart, in nats.")
+_SCORE = (
+    "score",
+    pa.float32(),
+    False,
+    "direction * (counterpart_loss - base_loss) in nats, subtracted before rounding; higher = more helpful to the query.",
+)
+_SHARD_ID = ("shard_id", pa.int32(), False, "Shard of the manifest that holds the example.")
+_ROW = ("row", pa.int64(), False, "Position of the example in its corpus file, from 0.")
+_VALUE = ("value", pa.float32(), False, "The score after the transform named in topk/meta.json; what is sorted.")
+_SIDE = ("side", pa.string(), False, "`proponent` (high value) or `opponent` (low value).")
+
+SCORES = _schema(
+    _EXAMPLE_ID, _SOURCE, _QUERY_ID, _BASE_LOSS, _COUNTERPART_LOSS, _SCORE, _SHARD_ID, _ROW
+)  # fmt: skip
+"""scores/query_id=Q/shard-NNNNNN.parquet: one row per scored example, in corpus order."""
+
+PARTIAL_TOPK = _schema(
+    _QUERY_ID, _SIDE, _EXAMPLE_ID, _SOURCE, _VALUE, _SCORE, _BASE_LOSS, _COUNTERPART_LOSS, _SHARD_ID, _ROW
+)  # fmt: skip
+"""partials/topk/shard-NNNNNN.parquet: the k strongest on each side, per query, of one shard."""
+
+RANKED = PARTIAL_TOPK.insert(
+    2, pa.field("rank", pa.int32(), False, {"description": "1 = strongest on its side; ties break by example_id."})
+)
+"""topk/ranked.parquet: as PARTIAL_TOPK over the whole corpus, with the payload columns behind."""
+
+SOURCES = _schema(
+    _QUERY_ID,
+    ("source", pa.string(), True, "Group of the examples."),
+    ("count", pa.int64(), False, "Scored examples of the source."),
+    ("sum", pa.float64(), False, "Sum of their values."),
+    ("mean", pa.float64(), False, "Mean of their values."),
+    ("top_example_id", pa.string(), False, "Its example of highest value; ties break by example_id."),
+    ("top_value", pa.float32(), False, "That example's value."),
+)
+"""topk/sources.parquet, and per shard partials/sources/shard-NNNNNN.parquet."""
+
+REJECTS = _schema(
+    _SHARD_ID,
+    ("path", pa.string(), False, "Corpus file."),
+    _ROW,
+    ("example_id", pa.string(), True, "Id of the example, where it could be read."),
+    ("column", pa.string(), False, "Column (or loss) that stood in the way."),
+    ("got", pa.string(), False, "What was found."),
+    ("expected", pa.string(), False, "What can be scored."),
+)
+"""rejects/shard-NNNNNN.parquet: one row per example that could not be scored."""
+
+MANIFEST = _schema(
+    _SHARD_ID,
+    ("path", pa.string(), False, "Corpus file, or folder of images, that the shard is read from."),
+    ("row_start", pa.int64(), False, "First row of the shard in that file."),
+    ("rows", pa.int64(), False, "Rows of the shard."),
+    ("byte_start", pa.int64(), True, "Text formats: where reading starts, at or before row_start."),
+    ("byte_stop", pa.int64(), True, "Text formats: where reading may stop."),
+    ("members", pa.list_(pa.string()), True, "Image folders: file names of the shard's rows, in order."),
+    ("size_bytes", pa.int64(), False, "Size of the whole file when the corpus was frozen."),
+    ("version", pa.string(), False, "ETag or modification time of the file when the corpus was frozen."),
+)
+"""manifest.parquet: the corpus frozen once, one row per shard."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one model input of one example looks like, and where it comes from.
+
+    Args:
+        name: Key under which the task finds it in a batch.
+        columns: The corpus column it is read from; several numeric columns are stacked in this order.
+        dtype: numpy dtype of the decoded array, `float32`, `float64` or `int64`.
+        shape: Shape of one example, `()` for a number. Image bytes decode to (C, H, W) floats in [0, 1].
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    dtype: str = "float32"
+    shape: tuple[int, ...] = ()
+
+    @property
+    def expected(self) -> str:
+        """What a good value looks like, for messages."""
+        size = "x".join(map(str, self.shape))
+        if self.dtype.startswith("int"):
+            return f"integers of shape {size}" if self.shape else "an integer"
+        return f"finite numbers of shape {size}" if self.shape else "a finite number"
+
+    @property
+    def is_image(self) -> bool:
+        """Whether one example can be drawn: (H, W), or (C, H, W) with one or three channels, at least 4 x 4."""
+        return (
+            len(self.shape) in (2, 3)
+            and min(self.shape[-2:]) >= 4
+            and (len(self.shape) == 2 or self.shape[0] in (1, 3))
+        )
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file (or folder of images) of the corpus as listed: `members` holds the images' names."""
+
+    path: str
+    size_bytes: int
+    version: str
+    members: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A listed file with what only reading it can tell.
+
+    Args:
+        file: The listed file.
+        rows: How many rows it holds.
+        columns: Column names, and Arrow types where the format knows them (else null).
+        byte_offsets: Text formats: where every `stride`-th row starts, with the file's end behind; else empty.
+        stride: Rows between two byte offsets.
+    """
+
+    file: SourceFile
+    rows: int
+    columns: Mapping[str, pa.DataType]
+    byte_offsets: tuple[int, ...] = ()
+    stride: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A contiguous piece of the corpus: read, scored, written and committed as one (a row of MANIFEST)."""
+
+    shard_id: int
+    path: str
+    row_start: int
+    rows: int
+    byte_start: int | None
+    byte_stop: int | None
+    members: tuple[str, ...] | None
+    size_bytes: int
+    version: str
+
+    @property
+    def name(self) -> str:
+        """File stem of everything the shard writes."""
+        return f"shard-{self.shard_id:06d}"
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One row that could not be scored, and why."""
+
+    row: int
+    column: str
+    got: str
+    expected: str
+    example_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as a format reads them.
+
+    Args:
+        table: The columns asked for; as many rows as could be parsed.
+        row_N: Position of each in its file.
+        rejects: Rows that could not be parsed.
+    """
+
+    table: pa.Table
+    row_N: Any
+    rejects: tuple[Reject, ...] = ()
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a commit says of its shard; small enough that the driver keeps all of them.
+
+    Args:
+        shard_id: Shard of the manifest.
+        fingerprint: Of the run that wrote it.
+        rows: Rows scored, under every query.
+        rejects: Rows in rejects/.
+        files: Relative path -> {"bytes", "sha256"} of every object of the shard.
+        started_at_s: Unix time when reading began.
+        finished_at_s: Unix time when the last object was written.
+        compute_s: Seconds in the loss engine.
+        k: Depth of the partial top-k.
+        transform: Transform of the partial top-k and sums, with its eps: `relative:0.001`.
+    """
+
+    shard_id: int
+    fingerprint: str
+    rows: int
+    rejects: int
+    files: dict[str, dict[str, Any]]
+    started_at_s: float
+    finished_at_s: float
+    compute_s: float
+    k: int
+    transform: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+def manifest_table(shards: list[Shard]) -> pa.Table:
+    """Shards as rows of MANIFEST."""
+    return pa.Table.from_pylist([asdict(shard) for shard in shards], schema=MANIFEST)
+
+
+def manifest_shards(table: pa.Table) -> list[Shard]:
+    """Rows of MANIFEST as shards."""
+    return [
+        Shard(**{**row, "members": tuple(row["members"]) if row["members"] is not None else None})
+        for row in table.to_pylist()
+    ]

@@ -1,0 +1,152 @@
+"""Specs as files: YAML and `--set` in, a Spec or one SpecError with every problem out, and back to YAML."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from . import storage
+from .errors import SpecError
+from .spec import Section, Spec, unknown_word
+
+
+def load_spec(uri: str, overrides: Sequence[str] = ()) -> Spec:
+    """Read a spec.
+
+    Args:
+        uri: YAML file, local or any fsspec URI.
+        overrides: `path=value` each, as in `producer.lr=0.01`; values are YAML. They win over the file.
+
+    Raises:
+        SpecError: The file is missing or not YAML, an override is malformed, or the tree is wrong; every problem is
+            named with its path.
+    """
+    if not storage.exists(uri):
+        raise SpecError(f"spec {uri} does not exist")
+    try:
+        tree = yaml.safe_load(storage.read_bytes(uri))
+    except yaml.YAMLError as error:
+        raise SpecError(f"spec {uri} is not YAML: {error}") from error
+    return parse_spec(tree, overrides, origin=uri)
+
+
+def parse_spec(tree: Any, overrides: Sequence[str] = (), origin: str = "spec") -> Spec:
+    """A parsed YAML tree as a Spec; `origin` names it in messages. Raises SpecError as `load_spec` does."""
+    if not isinstance(tree, dict):
+        raise SpecError(
+            f"{origin}: got {type(tree).__name__}, expected a mapping with run, model, task, corpus, queries"
+        )
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Spec.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(details) for details in error.errors(include_url=False)]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise SpecError(f"{origin}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)) from error
+
+
+def dump_spec(spec: Spec) -> str:
+    """A Spec as YAML that loads to an equal Spec."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise SpecError(f"--set {override}: expected path=value, as in --set producer.lr=0.01")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {override}: the value is not YAML: {error}") from error
+    *parents, leaf = path.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise SpecError(f"--set {override}: {parent} is {child!r} in the spec, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _problem(details: ErrorDetails) -> str:
+    """One pydantic error as `path: what (got ...)`."""
+    section, path = _walk(details["loc"])
+    dotted = ".".join(path)
+    match details["type"]:
+        case "extra_forbidden":
+            return f"{dotted}: {unknown_word(path[-1], section.model_fields if section else ())}"
+        case "missing":
+            return f"{dotted}: missing; {_description(section, path[-1])}".rstrip("; ")
+        case "value_error":
+            return f"{dotted}: {details['ctx']['error']}"
+    return f"{dotted}: {details['msg'][0].lower()}{details['msg'][1:]} (got {details['input']!r})"
+
+
+def _walk(loc: Sequence[str | int]) -> tuple[type[Section] | None, list[str]]:
+    """The section that holds the last element of a pydantic location, and the location without union tags."""
+    section: type[Section] | None = Spec
+    path: list[str] = []
+    position = 0
+    while position < len(loc):
+        word = str(loc[position])
+        path.append(word)
+        position += 1
+        if position == len(loc) or section is None or word not in section.model_fields:
+            continue
+        annotation, metadata = section.model_fields[word].annotation, section.model_fields[word].metadata
+        choices = _sections(annotation, metadata)
+        if len(choices) > 1:
+            section = choices.get(str(loc[position]))
+            position += 1
+        else:
+            section = next(iter(choices.values()), None)
+    return section, path
+
+
+def _sections(annotation: Any, metadata: Sequence[Any] = ()) -> dict[str, type[Section]]:
+    """Tag -> section for every section that a field's type allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        tag = next((item.tag for item in metadata if hasattr(item, "tag")), annotation.__name__)
+        return {tag: annotation} if issubclass(annotation, Section) else {}
+    if hasattr(annotation, "__metadata__"):
+        inner, *rest = get_args(annotation)
+        return _sections(inner, rest)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return {tag: kind for item in get_args(annotation) for tag, kind in _sections(item).items()}
+    return {}
+
+
+def _description(section: type[Section] | None, name: str) -> str:
+    field = section.model_fields.get(name) if section else None
+    return (field.description or "") if field else ""
+
+
+def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
+    """Leaves at which two trees differ, as `path: before -> after`."""
+    found: list[str] = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += changed_fields(old, new, f"{path}{key}.")
+        elif old != new:
+            found.append(f"{path}{key}: {old!r} -> {new!r}")
+    return found
+
+
+def sections_of(section: type[Section] = Spec, path: str = "") -> dict[str, type[Section]]:
+    """Dotted path (and, where there is a choice, the word that chooses) -> section, for documentation."""
+    found: dict[str, type[Section]] = {}
+    for name, field in section.model_fields.items():
+        choices = _sections(field.annotation, field.metadata)
+        for tag, kind in choices.items():
+            label = f"{path}{name}" + (f" ({tag})" if len(choices) > 1 else "")
+            found |= {label: kind} | sections_of(kind, f"{path}{name}.")
+    return found

@@ -1,0 +1,39 @@
+"""The protocol of a task: two methods. Reading, checking, rejecting, batching and writing are the pipeline's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ..records import Column
+
+Batch = Mapping[str, Tensor]
+"""Task column -> tensor [B, *shape]; floating-point columns arrive in the model's dtype, all on the model's device."""
+
+
+class Task(Protocol):
+    """A task adapter. Its constructor takes the spec's options as keyword arguments."""
+
+    def columns(self) -> list[Column]:
+        """What one example consists of, and from which corpus columns it is read."""
+        ...
+
+    def loss_B(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss of every example of a batch.
+
+        Args:
+            model: Base model or counterpart, in the mode the caller chose; may be called as often as needed.
+            batch: B examples.
+
+        Returns:
+            [B] losses in nats, float32 or better, each a function of its own example alone (in eval mode). NaN where an
+            example has no loss: the row is then rejected.
+        """
+        ...
+
+
+def to_loss_dtype(values: Tensor) -> Tensor:
+    """Upcast half-precision outputs to float32, so that the loss is computed in float32 or better."""
+    return values if values.dtype.itemsize >= 4 else values.float()

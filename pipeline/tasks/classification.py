@@ -1,0 +1,65 @@
+"""Classification: cross-entropy of an integer label.
+
+Shapes: B batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ContractError
+from ..records import Column
+from .base import Batch, to_loss_dtype
+
+
+class Classification:
+    """Cross-entropy, in nats, of `label` under `model(features)`; the model returns logits [B, C].
+
+    Args:
+        features: Corpus column(s) of the input.
+        label: Corpus column of the class, from 0.
+        shape: Shape of one input.
+        mean: Per-channel mean to subtract; empty for none.
+        std: Per-channel standard deviation to divide by; empty for none.
+    """
+
+    def __init__(
+        self,
+        features: str | Sequence[str],
+        label: str,
+        shape: Sequence[int],
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+    ) -> None:
+        self._features = (features,) if isinstance(features, str) else tuple(features)
+        self._label = label
+        self._shape = tuple(shape)
+        self._mean, self._std = tuple(mean), tuple(std)
+
+    def columns(self) -> list[Column]:
+        """See Task."""
+        return [Column("features", self._features, "float32", self._shape), Column("label", (self._label,), "int64")]
+
+    def loss_B(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See Task. A label outside the model's classes has no loss: NaN."""
+        logits_BC = model(self._normalised(batch["features"]))
+        label_B = batch["label"]
+        if logits_BC.ndim != 2 or len(logits_BC) != len(label_B):
+            raise ContractError(
+                f"the model returned logits of shape {list(logits_BC.shape)}, expected [{len(label_B)}, classes]"
+            )
+        outside_B = (label_B < 0) | (label_B >= logits_BC.shape[1])
+        loss_B = F.cross_entropy(to_loss_dtype(logits_BC), label_B.masked_fill(outside_B, 0), reduction="none")
+        return loss_B.masked_fill(outside_B, torch.nan)
+
+    def _normalised(self, features: Tensor) -> Tensor:
+        channels = (-1, *[1] * (len(self._shape) - 1))
+        if self._mean:
+            features = features - torch.tensor(self._mean, dtype=features.dtype, device=features.device).view(channels)
+        if self._std:
+            features = features / torch.tensor(self._std, dtype=features.dtype, device=features.device).view(channels)
+        return features

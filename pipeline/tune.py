@@ -1,0 +1,204 @@
+"""Stage 1: one counterpart per query, by one Ray Train run for all of them.
+
+Reads: run.yaml, queries.parquet, the base model's weights.
+Writes: counterparts/query_id=Q/changed.safetensors (only tensors that changed), then meta.json, which commits it.
+Resumes: a committed query is skipped; a restarted worker group goes on with those that are left.
+Next: score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from .artifacts import Run, open_run
+from .cluster import errors_of, require
+from .corpus import decode_queries
+from .errors import NumericsError, PipelineError
+from .extensions import load_model, load_producer, load_task, user_code
+from .observe import Progress, every
+from .storage import remove_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .producers.base import Producer
+    from .tasks.base import Batch, Task
+
+POLL_S = 1.0
+GATHER_TIMEOUT_S = 30 * 24 * 3600
+"""Workers meet once, at their end; the fastest waits for the slowest."""
+SCRATCH = ".train"
+"""Folder in the run that Ray Train wants for itself; gone when the stage ends."""
+
+
+def tune(run: Run) -> None:
+    """Make the counterparts that are not committed yet.
+
+    Raises:
+        ContractError, NumericsError: A query, model or producer does not fit; other queries stay committed.
+        ClusterError: Resources are missing, or workers died more often than the spec allows.
+    """
+    done = run.committed_queries()
+    pending = [query_id for query_id in run.query_ids if query_id not in done]
+    if not pending:
+        return
+    resources = run.spec.resources.tune
+    workers = min(resources.workers, len(pending))
+    require(workers, resources.cpus, resources.gpus, "resources.tune")
+    progress = Progress("tune", len(run.query_ids), "queries", done=len(done))
+    with progress, every(POLL_S, lambda: progress.at(len(run.committed_queries()))), errors_of("tune"):
+        failures = _fit(run, workers, pending)
+    if failures:
+        raise failures[0]
+
+
+def _fit(run: Run, workers: int, pending: list[str]) -> list[PipelineError]:
+    """Run the workers to their end; what they could not do."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = run.spec.resources.tune
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"run_uri": run.uri(), "pending": pending},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=SCRATCH,
+            storage_path=run.uri(),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+        ),
+        torch_config=TorchConfig(backend="gloo", timeout_s=GATHER_TIMEOUT_S),
+    )
+    try:
+        outcomes: list[list[PipelineError]] = trainer.fit().return_value
+    finally:
+        remove_folder(run.uri(SCRATCH))
+    return [failure for failures in outcomes for failure in failures]
+
+
+def _worker(config: dict[str, Any]) -> list[list[PipelineError]]:
+    """One Ray Train worker: every world_size-th pending query. Errors that a retry cannot mend are handed home."""
+    import ray.train
+    import torch
+    import torch.distributed as dist
+
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    failures: list[PipelineError] = []
+    try:
+        run = open_run(config["run_uri"])
+        torch.set_num_threads(max(1, int(run.spec.resources.tune.cpus)))
+        device = "cuda" if run.spec.resources.tune.gpus else "cpu"
+        tuner = Tuner(run, device)
+        done = run.committed_queries()
+        for query_id in config["pending"][rank::world_size]:
+            if query_id not in done:
+                tuner.tune(query_id)
+    except PipelineError as error:
+        if error.retryable:
+            raise
+        failures.append(error)
+    gathered: list[list[PipelineError]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(gathered, failures)
+    return gathered
+
+
+class Tuner:
+    """Makes counterparts of one run; what a worker does, without Ray.
+
+    Args:
+        run: The frozen run.
+        device: torch device.
+
+    Raises:
+        SpecError, InputError, ContractError: Model, task or producer cannot be made.
+    """
+
+    def __init__(self, run: Run, device: str) -> None:
+        self._run = run
+        self._task: Task = load_task(run.spec.task)
+        self._producer: Producer = load_producer(run.spec.producer)
+        self._base: nn.Module = load_model(run.spec.model, device, run.spec.seed)
+        self._queries = decode_queries(run.queries, run.columns)
+        self._device = device
+
+    def tune(self, query_id: str) -> None:
+        """Make and commit the counterpart of one query.
+
+        Raises:
+            ContractError: Model, task or producer failed on it.
+            NumericsError: The query's loss before or after is not finite, or nothing changed.
+        """
+        import safetensors.torch
+        import torch
+
+        started_s = time.monotonic()
+        query = self._batch(query_id)
+        seed = query_seed(self._run.spec.seed, query_id)
+        with user_code(f"query {query_id!r}: {self._run.spec.producer.implementation}"), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            before = self._query_loss(self._base, query)
+            produced = self._producer.produce(self._base, self._task, query, seed)
+            after = self._query_loss(produced.model.eval(), query)
+        changed = changed_tensors(self._base, produced.model)
+        meta = {
+            "producer": self._run.spec.producer.model_dump(mode="json"),
+            "direction": self._producer.direction,
+            "seed": seed,
+            "query_rows": len(next(iter(query.values()))),
+            "steps": produced.steps,
+            "query_loss_before_nats": before,
+            "query_loss_after_nats": after,
+            "change_norm": math.sqrt(sum(norm**2 for _, norm in changed.values())),
+            "changed": {name: list(tensor.shape) for name, (tensor, _) in changed.items()},
+            "details": produced.details,
+            "seconds": round(time.monotonic() - started_s, 3),
+        }
+        for when, loss in (("before", before), ("after", after)):
+            if not math.isfinite(loss):
+                raise NumericsError(
+                    f"query {query_id!r}: its loss {when} tuning is {loss}",
+                    "lower producer.lr or producer.steps"
+                    if when == "after"
+                    else "check the query's rows and the weights",
+                )
+        data = safetensors.torch.save({name: tensor for name, (tensor, _) in changed.items()})
+        self._run.commit_counterpart(query_id, data, meta)
+
+    def _batch(self, query_id: str) -> Batch:
+        import torch
+
+        dtype = next((p.dtype for p in self._base.parameters() if p.is_floating_point()), torch.float32)
+        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in self._queries[query_id].items()}
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+    def _query_loss(self, model: nn.Module, query: Batch) -> float:
+        import torch
+
+        with torch.no_grad():
+            return float(self._task.loss_B(model, query).double().mean())
+
+
+def query_seed(seed: int, query_id: str) -> int:
+    """Seed of one query, from the spec's seed and its id alone: the same on any worker, in any order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{query_id}".encode()).digest()[:7], "big")
+
+
+def changed_tensors(base: nn.Module, counterpart: nn.Module) -> dict[str, tuple[Tensor, float]]:
+    """Name -> (tensor on the CPU, L2 norm of its change) of every parameter and buffer that differs from the base."""
+    import torch
+
+    before = base.state_dict()
+    changed = {}
+    for name, tensor in counterpart.state_dict().items():
+        if not torch.equal(before[name], tensor):
+            norm = float((tensor.double() - before[name].double()).norm())
+            changed[name] = (tensor.detach().cpu().contiguous().clone(), norm)
+    return changed
