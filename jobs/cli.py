@@ -92,7 +92,7 @@ def rank(
 def show(
     run_uri: RunArgument,
     query: Annotated[str | None, typer.Option("--query", help="Only this query_id.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Rows per query and side.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Rows per query and side.")] = 3,
 ) -> None:
     """Show a ranked run: the table, and where its picture and Parquet are."""
     from pipeline.artifacts import open_run
@@ -125,7 +125,7 @@ def guarded(action: typer.Typer) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped; what is committed stays, and the same command goes on from there\n")
         return 130
-    except Exception:  # the last line of defence: a bug of ours, shown whole
+    except Exception:  # noqa: BLE001  the last line of defence: a bug of ours, shown whole
         traceback.print_exc()
         sys.stderr.write("this is a bug in mirrorscope, not in your spec; the lines above say where\n")
         return 1

@@ -11,10 +11,9 @@ from pipeline import storage
 from pipeline.artifacts import Run
 from pipeline.errors import InputError, SpecError
 from pipeline.plan import Plan
-from pipeline.rank import read_ranked
 from pipeline.report import of, plain_payload
 
-SHOWN = 5
+SHOWN = 3
 MIB = 1 << 20
 
 
@@ -32,7 +31,7 @@ def show_run(run: Run, query: str | None = None, top: int = SHOWN) -> None:
         ArtifactError: The run is not ranked yet.
         InputError: It has no such query.
     """
-    ranked, meta = read_ranked(run)
+    ranked, meta = run.read_ranked()
     if query is not None and query not in run.query_ids:
         raise InputError(f"{run.uri()} has no query {query!r}; it has {', '.join(run.query_ids[:20])}")
     plain = plain_payload(ranked)
@@ -42,7 +41,7 @@ def show_run(run: Run, query: str | None = None, top: int = SHOWN) -> None:
     for query_id in (query,) if query is not None else run.query_ids:
         for side in ("proponent", "opponent"):
             for row in of(ranked, query_id, side)[:top]:
-                table.add_row(*_cells(row, plain), end_section=False)
+                table.add_row(*_cells(row, plain))
         table.add_section()
     out = console()
     out.print(table)
@@ -81,8 +80,9 @@ def duckdb_line(run: Run) -> str:
 
 def show_plan(run: Run, plan: Plan) -> None:
     """What a run would do."""
-    spec, resources = run.spec, run.spec.resources
+    spec, tune, score = run.spec, run.spec.resources.tune, run.spec.resources.score
     done = len(run.committed_ids()) if storage.exists(run.uri("run.yaml")) else 0
+    actors = f"{score.actors} actors" if score.actors else "as many actors as fit"
     table = Table(show_header=False, box=None)
     rows = {
         "run": run.uri() + (f" (begun: {done} shards of {plan.shards} are scored)" if done else ""),
@@ -90,12 +90,12 @@ def show_plan(run: Run, plan: Plan) -> None:
         "shards": f"{plan.shards:,} of up to {spec.score.shard_rows:,} rows",
         "queries": f"{plan.queries:,} of {plan.query_rows:,} rows together",
         "producer": f"{spec.producer.implementation}: {plan.queries:,} counterparts to tune",
-        "forward passes": f"{plan.forward_passes:,} examples through a model ({plan.rows:,} x (1 base + {plan.queries} counterparts))",
+        "forward passes": f"{plan.forward_passes:,} = {plan.rows:,} examples x (1 base + {plan.queries} counterparts)",
         "objects": f"{plan.objects:,} written in all",
         "scores": f"about {plan.score_bytes / MIB:,.1f} MiB of Parquet",
-        "ray": resources.address or "RAY_ADDRESS, else embedded on this machine",
-        "tune": f"{min(resources.tune.workers, plan.queries)} workers x {resources.tune.cpus:g} CPU, {resources.tune.gpus:g} GPU",
-        "score": f"{resources.score.actors or 'as many as fit'} actors x {resources.score.cpus:g} CPU, {resources.score.gpus:g} GPU",
+        "ray": spec.resources.address or "RAY_ADDRESS, else embedded on this machine",
+        "tune": f"{min(tune.workers, plan.queries)} workers x {tune.cpus:g} CPU, {tune.gpus:g} GPU",
+        "score": f"{actors} x {score.cpus:g} CPU, {score.gpus:g} GPU",
         "rank": f"{spec.rank.k} per side and query, {spec.rank.transform} score",
         "fingerprint": run.resolved.fingerprint,
     }

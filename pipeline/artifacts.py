@@ -175,6 +175,14 @@ class Run:
                 )
         return receipts
 
+    def read_ranked(self) -> tuple[pa.Table, dict[str, Any]]:
+        """The ranked table and its meta.json. Raises ArtifactError if the run was not ranked."""
+        if not storage.exists(self.uri("topk", "meta.json")):
+            raise ArtifactError(
+                f"{self.uri()} is not ranked yet", "run its spec to the end; `mirrorscope status` says how far it is"
+            )
+        return self.read_table("topk", "ranked.parquet"), self.read_json("topk", "meta.json")
+
     def seal(self) -> None:
         """Write _SUCCESS: every row of the corpus is in exactly one of scores and rejects. Raises ArtifactError."""
         receipts = self.complete_receipts()
@@ -188,7 +196,7 @@ class Run:
     def _require_own(self, fingerprint: Any, what: str) -> None:
         if fingerprint != self.resolved.fingerprint:
             raise ArtifactError(
-                f"{self.uri()}: {what} was written by a run with fingerprint {fingerprint}, expected {self.resolved.fingerprint}",
+                f"{self.uri()}: {what} carries fingerprint {fingerprint}, expected {self.resolved.fingerprint}",
                 "the folder mixes two runs; use a new run.uri",
             )
 

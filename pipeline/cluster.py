@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,6 +55,7 @@ def _start_embedded() -> None:
     import ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else its C++ core talks between the progress lines
     ray.init(
         address="local",
         num_cpus=(os.cpu_count() or 1) + 1,  # one more than there are, for Ray's own tasks beside the workers
@@ -79,6 +81,22 @@ def _quieten() -> None:
     context.print_on_execution_start = False
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def bounded_retries(failures: int) -> Iterator[None]:
+    """Around a `map_batches` call that passes max_restarts and max_task_retries.
+
+    Ray Data retries actors for ever by default, so one poisonous shard would loop. The only way to bound it in Ray 2.60 is
+    through arguments that it warns to be leaving in 2.64 without a named successor.
+    """
+    import ray
+    from ray.data import DataContext
+
+    DataContext.get_current().max_consecutive_actor_init_deaths = failures
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
+        yield
 
 
 def require(workers: int, cpus: float, gpus: float, what: str) -> None:

@@ -217,7 +217,7 @@ def check_columns(measured: Measured, columns: Sequence[Column], asked: Mapping[
     for field, names in {**asked, **{f"task column {c.name!r}": c.columns for c in columns}}.items():
         for name in names:
             if name is not None and name not in measured.columns:
-                problems.append(f"{field}: no column {unknown_word(name, measured.columns)}")
+                problems.append(f"{field}: column {unknown_word(name, measured.columns)}")
     for column in columns:
         for name in column.columns:
             if name in measured.columns and (problem := type_problem(measured.columns[name], column)):

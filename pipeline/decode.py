@@ -54,7 +54,8 @@ def _column(table: pa.Table, column: Column) -> tuple[np.ndarray, dict[int, str]
     if len(column.columns) == 1:
         return _values(table[column.columns[0]].combine_chunks(), column)
     scalar = Column(column.name, (), column.dtype)
-    parts, bad = [], {}
+    parts: list[np.ndarray] = []
+    bad: dict[int, str] = {}
     for name in column.columns:
         part_N, part_bad = _values(table[name].combine_chunks(), scalar)
         parts.append(part_N)

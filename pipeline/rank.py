@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from . import storage, topk
+from . import topk
 from .artifacts import Run, parallel, partition
 from .corpus import Corpus, payload_names
-from .errors import ArtifactError
 from .observe import say
 from .records import RANKED, SOURCES, Receipt
 
@@ -54,13 +53,6 @@ def rank(run: Run) -> pa.Table:
     return ranked
 
 
-def read_ranked(run: Run) -> tuple[pa.Table, dict[str, Any]]:
-    """The ranked table and its meta.json. Raises ArtifactError if the run was not ranked."""
-    if not storage.exists(run.uri("topk", "meta.json")):
-        raise ArtifactError(f"{run.uri()} is not ranked yet", "run it to its end, or `mirrorscope rank` it")
-    return run.read_table("topk", "ranked.parquet"), run.read_json("topk", "meta.json")
-
-
 def _partials_fit(run: Run, receipts: Sequence[Receipt]) -> bool:
     wanted = topk.transform_name(run.spec.rank.transform, run.spec.rank.eps)
     return all(receipt.transform == wanted and receipt.k >= run.spec.rank.k for receipt in receipts)
@@ -85,7 +77,8 @@ def _from_scores(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
 
 def _merged(run: Run, receipts: Sequence[Receipt], read: Any) -> tuple[pa.Table, pa.Table]:
     """Top-k and source sums of all shards, a bounded number of partials at a time."""
-    tops, sums = [], []
+    tops: list[pa.Table] = []
+    sums: list[pa.Table] = []
     for start in range(0, len(receipts), MERGE_AT_ONCE):
         parts = parallel(lambda receipt: read(run, receipt), receipts[start : start + MERGE_AT_ONCE])
         tops = [topk.merge_topk([*tops, *(top for top, _ in parts)], run.spec.rank.k)]

@@ -35,8 +35,12 @@ _ROW = ("row", pa.int64(), False, "Position of the example in its corpus file, f
 _VALUE = ("value", pa.float32(), False, "The score after the transform named in topk/meta.json; what is sorted.")
 _SIDE = ("side", pa.string(), False, "`proponent` (high value) or `opponent` (low value).")
 
+# Dictionary-encoded in scores/ alone: pyarrow and pandas read the partition folder as that type, and refuse the folder where
+# the file's own column differs from it. In Parquet both are strings.
+_PARTITION = ("query_id", pa.dictionary(pa.int32(), pa.string()), False, _QUERY_ID[3])
+
 SCORES = _schema(
-    _EXAMPLE_ID, _SOURCE, _QUERY_ID, _BASE_LOSS, _COUNTERPART_LOSS, _SCORE, _SHARD_ID, _ROW
+    _EXAMPLE_ID, _SOURCE, _PARTITION, _BASE_LOSS, _COUNTERPART_LOSS, _SCORE, _SHARD_ID, _ROW
 )  # fmt: skip
 """scores/query_id=Q/shard-NNNNNN.parquet: one row per scored example, in corpus order."""
 

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 
 from .artifacts import Run
 from .picture import Strip, Tile, contact_sheet, picture_of, to_png
-from .rank import read_ranked
 from .records import RANKED, Column
 
 SHEET_TILES = 8
@@ -37,7 +36,7 @@ h3.proponent{color:#15803d}h3.opponent{color:#b91c1c}code{background:#f6f7f8;pad
 
 def report(run: Run) -> None:
     """Draw the contact sheet and write the page. Raises ArtifactError if the run is not ranked."""
-    ranked, meta = read_ranked(run)
+    ranked, meta = run.read_ranked()
     image = picture_column(run, ranked)
     if image is not None:
         run.write(_sheet(run, ranked, meta, image), "report", "contact_sheet.png")
@@ -76,7 +75,7 @@ def _sheet(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column) -> b
     for query_id in run.query_ids:
         rows, tuned = query_rows(run, query_id), run.counterpart_meta(query_id)
         lines = [query_id, *(f"{column} {rows[0][column]}" for column in plain if column in rows[0])]
-        lines += [f"loss {tuned['query_loss_before_nats']:.3g}", f"→ {tuned['query_loss_after_nats']:.3g}"]
+        lines += [f"loss {tuned['query_loss_before_nats']:.3g}", f"to {tuned['query_loss_after_nats']:.3g}"]
         lines += [f"{len(rows)} rows"] if len(rows) > 1 else []
         query = Tile(picture_of(rows[0][name], image.shape), tuple(lines))
         sides = [[tile(row) for row in of(ranked, query_id, side)[:SHEET_TILES]] for side in ("proponent", "opponent")]

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from . import topk
 from .artifacts import Run, open_run, partition
-from .cluster import Watchdog, errors_of, require, room
+from .cluster import Watchdog, bounded_retries, errors_of, require, room
 from .corpus import Corpus, Examples
 from .errors import ArtifactError, InputError
 from .extensions import load_model, load_task, user_code
@@ -70,21 +70,23 @@ def _receipts(run: Run, pending: list[Shard]) -> Any:
         require(actors, resources.cpus, resources.gpus, "resources.score")
     # A shard is known by its id alone: actors read the rest from the manifest.
     shards = ray.data.from_items([{"shard_id": shard.shard_id} for shard in pending], override_num_blocks=len(pending))
-    return shards.map_batches(
-        ScoreShard,
-        fn_constructor_kwargs={"run_uri": run.uri()},
-        batch_size=1,
-        compute=ActorPoolStrategy(
-            size=actors,
-            max_tasks_in_flight_per_actor=2 * SHARDS_AHEAD,
-            max_concurrent_calls_per_actor=SHARDS_AHEAD,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
-        max_restarts=resources.max_failures,
-        max_task_retries=resources.max_failures,
-    ).iter_rows()
+    with bounded_retries(resources.max_failures):
+        scored = shards.map_batches(
+            ScoreShard,
+            fn_constructor_kwargs={"run_uri": run.uri()},
+            batch_size=1,
+            compute=ActorPoolStrategy(
+                size=actors,
+                max_tasks_in_flight_per_actor=2 * SHARDS_AHEAD,
+                max_concurrent_calls_per_actor=SHARDS_AHEAD,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus or None,
+            max_restarts=resources.max_failures,
+            max_task_retries=resources.max_failures,
+        )
+    return scored.iter_rows()
 
 
 def _require_few_rejects(run: Run, rejected: int) -> None:

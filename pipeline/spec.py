@@ -172,19 +172,19 @@ class _Steps(Extension):
     optimizer: _Optimizer = "sgd"
     """`sgd` keeps the step linear in the gradient, as the symmetry argument wants; Adam's first step is its sign."""
     lr: _Positive = 0.03
-    """Learning rate."""
+    """Learning rate; with `normalize` the length of a step in weight space."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Momentum of `sgd`."""
     steps: _Count = 100
     """Optimizer steps on the query at most; a query of several rows is one batch."""
     weight_decay: _NotNegative = 0.0
     """Weight decay, as the optimizer means it."""
-    max_grad_norm: _NotNegative = 0.3
-    """Longer gradients are scaled down to this L2 norm. 0: never. Ascent without a bound runs away: on digits, SGD with
-    lr .1 for 20 steps ended in NaN for half of the queries."""
-    max_loss_change: _NotNegative = 0.2
+    normalize: bool = True
+    """Scale every gradient to length 1, so that `lr` is the length of a step and even a query of near-zero loss moves the
+    model. Without, ascent runs away: on digits, SGD with lr .1 for 20 steps ended in NaN for half of the queries."""
+    max_loss_change: _NotNegative = 0.5
     """No further step once the query's mean loss has moved by so much, in nats. 0: all steps. Small enough to stay near the
-    base model; on digits the query's own copy is found best between .1 and .5."""
+    base model; on digits the query's own copy is found best between .2 and .5."""
     parameters: str = ""
     """Regular expression searched in parameter names: only those that match are tuned. Empty: all."""
     mode: _Mode = "eval"
@@ -192,7 +192,7 @@ class _Steps(Extension):
 
 
 PAPER: Mapping[str, Any] = {
-    "optimizer": "adam", "lr": 5e-3, "momentum": 0.0, "steps": 1, "weight_decay": 0.0, "max_grad_norm": 0.0,
+    "optimizer": "adam", "lr": 5e-3, "momentum": 0.0, "steps": 1, "weight_decay": 0.0, "normalize": False,
     "max_loss_change": 0.0, "parameters": "", "mode": "train",
     "repeat": 2, "noise_radius": 3.0, "noise_growth": 1.1, "noise_below": 5e-3, "noise_until": 1e-2, "noise_tries": 100,
 }  # fmt: skip
@@ -231,13 +231,14 @@ class Finetune(_Steps):
 
     name: Literal["finetune"] = "finetune"
     lr: _Positive = 0.05
-    """Learning rate. With momentum .9 and 30 steps: the recipe that found flipped labels best (AUC .999 on digits)."""
+    """Learning rate. With momentum .9 and 30 steps it finds flipped labels that the model has memorised (AUC .93 on digits,
+    against .86 for the base loss alone)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of `sgd`."""
     steps: _Count = 30
     """Optimizer steps on the query at most; a query of several rows is one batch."""
-    max_grad_norm: _NotNegative = 0.0
-    """Longer gradients are scaled down to this L2 norm. 0: never; descent cannot run away below zero loss."""
+    normalize: bool = False
+    """Scale every gradient to length 1. Descent cannot run away below zero loss."""
     max_loss_change: _NotNegative = 0.0
     """No further step once the query's mean loss has moved by so much, in nats. 0: all steps."""
 
@@ -254,7 +255,7 @@ class CustomProducer(Custom):
 def _tagger(key: str, builtin: Sequence[str]) -> Discriminator:
     def tag(value: Any) -> str:
         word = value.get(key, builtin[0]) if isinstance(value, Mapping) else getattr(value, key, None)
-        return word if word in builtin else "custom"
+        return str(word) if word in builtin else "custom"
 
     return Discriminator(tag)
 

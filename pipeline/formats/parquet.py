@@ -37,7 +37,6 @@ class Parquet:
         with _reading(shard.path) as source:
             parquet = pq.ParquetFile(source, pre_buffer=True)
             groups, first = _row_groups(parquet.metadata, shard.row_start, shard.rows)
-            # Without dictionary or nested names: a column is asked for by its top-level name.
             table = parquet.read_row_groups(groups, columns=list(columns))
         rows = table.slice(shard.row_start - first, shard.rows)
         if len(rows) != shard.rows:
@@ -47,7 +46,8 @@ class Parquet:
 
 def _row_groups(metadata: pq.FileMetaData, start: int, rows: int) -> tuple[list[int], int]:
     """Row groups that overlap [start, start + rows), and the first row of the first of them."""
-    groups, first, position = [], 0, 0
+    groups: list[int] = []
+    first, position = 0, 0
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).num_rows
         if position < start + rows and position + size > start:

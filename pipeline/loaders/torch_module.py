@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..errors import ContractError, InputError
+from ..importing import construct
 from .base import load_weights
 
 
@@ -33,8 +34,6 @@ class TorchModule:
 
     def load(self, device: str, seed: int) -> nn.Module:
         """See Loader. The factory runs under `seed`; no pickled code of the weights file is ever run."""
-        from ..extensions import construct
-
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = construct(self._factory, {}, self._arguments, "model.factory")

@@ -25,7 +25,7 @@ class Steps:
     momentum: float
     steps: int
     weight_decay: float
-    max_grad_norm: float
+    normalize: bool
     max_loss_change: float
     parameters: str
     mode: str
@@ -54,7 +54,7 @@ class Steps:
         """Move the parameters along `sign` times the gradient of the query's mean loss, in place; steps taken, at least one.
 
         Raises:
-            NumericsError: The loss is not finite at some step.
+            NumericsError: The loss is not finite at some step, or the gradient vanishes.
         """
         optimizer = self._optimizer(parameters)
         first = 0.0
@@ -70,8 +70,8 @@ class Steps:
             if self.max_loss_change and abs(now - first) >= self.max_loss_change:
                 return step
             (-sign * loss).backward()
-            if self.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            if self.normalize:
+                _to_unit_length(parameters)
             optimizer.step()
         return self.steps
 
@@ -79,6 +79,19 @@ class Steps:
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+def _to_unit_length(parameters: list[nn.Parameter]) -> None:
+    """Scale the gradients of all parameters together to L2 norm 1. Raises NumericsError if they vanish."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    length = torch.linalg.vector_norm(torch.stack([gradient.double().norm() for gradient in gradients]))
+    if not 0 < length.item() < math.inf:
+        raise NumericsError(
+            f"the query's gradient has length {length.item()}",
+            "the model is certain of it; `preset: paper` adds noise to such queries",
+        )
+    for gradient in gradients:
+        gradient /= length.to(gradient.dtype)
 
 
 def query_loss(model: nn.Module, task: Task, query: Batch) -> Tensor:

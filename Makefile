@@ -1,0 +1,47 @@
+# The developer's interface. `make` lists what there is.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast check format bench clean
+
+help: ## List what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(READY) ## Make .venv and install everything, pinned by constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $(READY)
+
+demo: install ## Digits, end to end: train a CNN, ask which images made it do that, show the answer
+	@rm -rf runs/digits
+	$(BIN)/python -m jobs.digits build/demo
+	$(BIN)/mirrorscope run jobs/specs/digits.yaml
+
+test: install ## The whole suite
+	$(BIN)/python -m pytest
+
+test-fast: install ## The suite without Ray clusters and long truths, under 90 s
+	$(BIN)/python -m pytest -m 'not ray and not slow'
+
+check: install ## Format, lint, types, import contracts, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test-fast
+
+format: install ## Rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only .
+
+bench: install ## Throughput against a bare loop, and the fixed cost of a run: build/bench/bench.json
+	$(BIN)/python -m tests.bench.bench
+
+clean: ## Remove what make made, runs of the demo included
+	rm -rf $(VENV) build runs dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,136 @@
+"""What the suites share: a small real world (digits and a CNN), specs over it, and a run without Ray."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+
+from jobs import digits
+from pipeline import freeze
+from pipeline.artifacts import Run
+from pipeline.score import ShardScorer
+from pipeline.specfile import parse_spec
+from pipeline.tune import Tuner
+
+CORPUS_ROWS = 150
+QUERY_ROWS = (3, 77)
+
+
+class World:
+    """Digits on disk: corpus, queries (two copies of training rows) and the weights of a CNN trained on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        pixels, labels = digits.load_digits()
+        self.pixels, self.labels = pixels[:CORPUS_ROWS], labels[:CORPUS_ROWS]
+        self.model = digits.train(self.pixels, self.labels, epochs=8, width=8)
+        self.weights = folder / "cnn.safetensors"
+        safetensors.torch.save_file(self.model.state_dict(), self.weights)
+        self.corpus, self.queries = folder / "corpus.parquet", folder / "queries.parquet"
+        pq.write_table(self.table(), self.corpus)
+        rows = list(QUERY_ROWS)
+        names = [f"copy-of-{row}" for row in rows]
+        table = {"query_id": names, "pixels": list(self.pixels[rows]), "label": self.labels[rows]}
+        pq.write_table(pa.table(table), self.queries)
+
+    def table(self) -> pa.Table:
+        """The corpus: id, pixels, label, author (a made-up source of three)."""
+        rows = len(self.labels)
+        return pa.table(
+            {
+                "id": [f"digit-{i:03d}" for i in range(rows)],
+                "pixels": list(self.pixels),
+                "label": self.labels,
+                "author": [f"author-{i % 3}" for i in range(rows)],
+            }
+        )
+
+    def tree(self, run_uri: Path | str) -> dict[str, Any]:
+        """A spec over this world as a YAML tree, to be changed at will."""
+        return {
+            "run": {"uri": str(run_uri)},
+            "model": {"factory": "jobs.digits:cnn", "arguments": {"width": 8}, "weights_uri": str(self.weights)},
+            "task": {"features": "pixels", "shape": [1, 8, 8]},
+            "corpus": {"uri": str(self.corpus), "example_id": "id", "source": "author"},
+            "queries": {"uri": str(self.queries)},
+            "producer": {"name": "unlearn", "steps": 3},
+            "score": {"shard_rows": 64, "batch_rows": 32},
+            "rank": {"k": 5},
+        }
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """One world for the session; tests write beside it, never into it."""
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def make_spec(world: World, tmp_path: Path) -> Callable[..., Any]:
+    """`make_spec("producer.lr=0.1", ...)`: a parsed spec over the world, with overrides, running in a fresh folder."""
+
+    def make(*overrides: str, name: str = "run") -> Any:
+        return parse_spec(copy.deepcopy(world.tree(tmp_path / name)), overrides)
+
+    return make
+
+
+def run_without_ray(spec: Any, shard_order: Callable[[list], list] = list) -> Run:
+    """Everything that workers do, in this process: freeze, tune, score."""
+    run = freeze.freeze(spec)
+    tuner = Tuner(run, "cpu")
+    for query_id in run.query_ids:
+        if query_id not in run.committed_queries():
+            tuner.tune(query_id)
+    scorer = ShardScorer(run, "cpu")
+    for shard in shard_order([shard for shard in run.shards if shard.shard_id not in run.committed_ids()]):
+        scorer.score(shard)
+    return run
+
+
+def read_scores(run: Run) -> pa.Table:
+    """All score rows of a run, by query and id."""
+    columns = ["query_id", "example_id", "source", "base_loss", "counterpart_loss", "score", "row"]
+    table = pq.read_table(
+        run.uri("scores"), columns=columns
+    )  # the whole folder, partitions and all, as a lake reads it
+    table = table.set_column(0, "query_id", table["query_id"].cast(pa.string()))
+    return table.sort_by([("query_id", "ascending"), ("example_id", "ascending")])
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """An embedded Ray that the tests of a session share; the pipeline uses a cluster that is connected already."""
+    import ray
+
+    from pipeline.cluster import _environment, _quieten
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        ray.init(
+            address="local",
+            num_cpus=6,
+            include_dashboard=False,
+            object_store_memory=200 << 20,
+            logging_level="ERROR",
+            log_to_driver=False,
+            runtime_env=_environment(),
+        )
+        _quieten()
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def rng() -> np.random.Generator:
+    """Seeded."""
+    return np.random.default_rng(0)

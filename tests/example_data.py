@@ -1,0 +1,85 @@
+"""Small data of the shape that each example spec in jobs/specs names, so that every one of them can be planned."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from PIL import Image
+
+from jobs.digits import write_demo
+
+MODELS = """
+from torch import nn
+
+
+def build(width=4, classes=2):
+    return nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, classes))
+"""
+
+
+def prepare(spec: str, folder: Path) -> None:
+    """Lay out the data of the example spec with this name under a folder."""
+    MAKERS[spec](folder)
+
+
+def _demo(folder: Path) -> None:
+    write_demo(folder / "build" / "demo")
+
+
+def _models(folder: Path, weights: str) -> None:
+    (folder / "my_project").mkdir()
+    (folder / "my_project" / "models.py").write_text(MODELS)
+    (folder / "models").mkdir()
+    if weights.endswith(".pt"):
+        torch.save({"weight": torch.zeros(1)}, folder / weights)
+    else:
+        safetensors.torch.save_file({"weight": torch.zeros(1)}, folder / weights)
+
+
+def _mislabelled(folder: Path) -> None:
+    _models(folder, "models/classifier.pt")
+    (folder / "data" / "train").mkdir(parents=True)
+    for part in range(2):
+        table = {
+            "id": [f"{part}-{i}" for i in range(40)],
+            "embedding": list(np.zeros((40, 32), np.float32)),
+            "label": [0] * 40,
+            "annotator": ["ann"] * 40,
+        }
+        pq.write_table(pa.table(table), folder / "data" / "train" / f"part-{part}.parquet")
+    row = json.dumps({"query_id": "clean", "embedding": [0.0] * 32, "label": 1})
+    (folder / "data" / "clean.jsonl").write_text((row + "\n") * 5)
+
+
+def _image_folder(folder: Path) -> None:
+    _models(folder, "models/photos.safetensors")
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "#336699").save(buffer, "PNG")
+    for place in ("train/cat/1", "train/cat/2", "train/dog/1", "queries/dog/why"):
+        path = folder / "photos" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+
+
+def _tabular_csv(folder: Path) -> None:
+    _models(folder, "models/tabular.safetensors")
+    (folder / "data").mkdir()
+    (folder / "data" / "customers.csv").write_text("age,income,visits,churned\n" + "41,52000.5,3,0\n" * 30)
+    (folder / "data" / "surprises.csv").write_text("query_id,age,income,visits,churned\nmax,29,18000,0,1\n")
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "digits": _demo,
+    "paper": _demo,
+    "mislabelled": _mislabelled,
+    "image_folder": _image_folder,
+    "tabular_csv": _tabular_csv,
+}

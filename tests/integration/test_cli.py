@@ -1,0 +1,139 @@
+"""The command: what it prints, what it refuses and how, and its exit codes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from jobs import stage
+from jobs.cli import app, guarded
+from pipeline.run import finish
+from tests.conftest import run_without_ray
+from tests.example_data import prepare
+
+EXAMPLE_SPECS = sorted(Path(__file__).parents[2].glob("jobs/specs/*.yaml"))
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def finished(make_spec):
+    run = run_without_ray(make_spec())
+    finish(run)
+    return run
+
+
+def exit_code(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["mirrorscope", *words])
+    try:
+        return guarded(app)
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_help_needs_no_heavy_import():
+    """`mirrorscope --help` touches neither torch nor ray nor pyarrow: it answers at once."""
+    code = "import sys; sys.argv = ['mirrorscope', '--help']\nfrom jobs.cli import app\ntry: app()\nexcept SystemExit: pass\n"
+    code += "print('LOADED', [name for name in ('torch', 'ray', 'pyarrow', 'duckdb', 'pydantic', 'yaml') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "LOADED []" in done.stdout
+    for word in ("run", "plan", "status", "rank", "show"):
+        assert re.search(rf"^│ {word} ", done.stdout, re.MULTILINE)
+
+
+def test_show_prints_the_table_and_where_everything_is(finished):
+    """Queries, ids, labels and losses; then ranked table, scores, picture, page and a line of SQL."""
+    shown = invoke("show", finished.uri(), "--query", "copy-of-3", "--top", "2")
+    assert 0 == shown.exit_code, shown.output
+    assert "copy-of-77" not in shown.output
+    assert 4 == len(re.findall(r"copy-of-3 +│ (?:pro|op)ponent", shown.output))
+    for place in ("topk/ranked.parquet", "scores", "report/contact_sheet.png", "report/index.html"):
+        assert finished.uri() + "/" + place in shown.output
+
+
+def test_the_duckdb_line_that_is_shown_works(finished):
+    """The one-liner can be pasted into a shell."""
+    line = next(line for line in invoke("show", finished.uri()).output.splitlines() if line.startswith("query them"))
+    shell = line.removeprefix("query them").strip().replace("python", sys.executable, 1)
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert 0 == done.returncode, done.stderr
+    assert "copy-of-77" in done.stdout
+    assert "150" in done.stdout
+
+
+def test_status_counts_from_the_commits(finished):
+    """Stages, shards, rows and rejects; a missing commit shows."""
+    shown = invoke("status", finished.uri()).output
+    assert "3 of 3 shards, 150 rows scored, 0 rejected" in shown
+    assert "sealed" in shown
+    Path(finished.uri("commits", "shard-000000.json")).unlink()
+    assert "2 of 3 shards, 86 rows scored" in invoke("status", finished.uri()).output
+
+
+def test_rank_lists_again_without_scoring(finished):
+    """Another k and transform change the ranked table and nothing under scores/."""
+    before = {path: path.stat().st_mtime_ns for path in Path(finished.uri("scores")).rglob("*")}
+    done = invoke("rank", finished.uri(), "--k", "2", "--transform", "relative")
+    assert 0 == done.exit_code, done.output
+    assert "relative:0.001 score" in done.output
+    assert [(8,)] == duckdb.sql(f"SELECT count(*) FROM '{finished.uri('topk', 'ranked.parquet')}'").fetchall()
+    assert before == {path: path.stat().st_mtime_ns for path in Path(finished.uri("scores")).rglob("*")}
+
+
+@pytest.mark.parametrize("path", EXAMPLE_SPECS, ids=lambda path: path.stem)
+def test_every_example_spec_is_planned(path, tmp_path, monkeypatch):
+    """Each commented example parses, and plans on the data that it names; planning writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    prepare(path.stem, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    planned = invoke("plan", str(path))
+    assert 0 == planned.exit_code, planned.output or planned.exception
+    for word in ("corpus", "shards", "queries", "forward passes", "objects", "tune", "score", "fingerprint"):
+        assert re.search(rf"^ {word} ", planned.output, re.MULTILINE), planned.output
+    assert before == sorted(tmp_path.rglob("*"))
+    assert "#" in path.read_text()
+
+
+def test_errors_have_their_exit_code_and_say_what_to_do(make_spec, world, tmp_path, monkeypatch, capsys):
+    """A typo exits 2, a missing file 3, a run that is not there 6; a usage error 2; messages carry no traceback."""
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump({**world.tree(tmp_path / "run"), "sede": 1}))
+    assert 2 == exit_code(monkeypatch, "plan", str(path))
+    assert "sede: 'sede' is not known; did you mean 'seed'" in capsys.readouterr().err
+    path.write_text(yaml.safe_dump(world.tree(tmp_path / "run")))
+    assert 3 == exit_code(monkeypatch, "plan", str(path), "--set", "corpus.uri=/nowhere/at/all.parquet")
+    assert "/nowhere/at/all.parquet" in capsys.readouterr().err
+    assert 6 == exit_code(monkeypatch, "status", str(tmp_path / "nothing"))
+    shown = capsys.readouterr().err
+    assert "holds no run" in shown
+    assert "hint:" in shown
+    assert "Traceback" not in shown
+    assert 2 == exit_code(monkeypatch, "rank", str(tmp_path), "--k", "0")
+
+
+def test_an_unknown_query_is_named(finished, monkeypatch, capsys):
+    """`show --query` of a query that the run does not have lists those it has."""
+    assert 3 == exit_code(monkeypatch, "show", finished.uri(), "--query", "copy-of-9")
+    assert "it has copy-of-3, copy-of-77" in capsys.readouterr().err
+
+
+def test_fields_explains_the_spec():
+    """`mirrorscope fields producer` tells every option of every producer."""
+    shown = invoke("fields", "producer").output
+    for word in ("unlearn", "finetune", "noise_radius", "max_loss_change", "regular expression"):
+        assert word.lower() in shown.lower()
+    assert "did you mean 'producer'" in str(invoke("fields", "producr").exception)
+
+
+def test_a_stage_needs_a_known_name():
+    """`python -m jobs.stage` refuses a stage that is not one."""
+    refused = CliRunner().invoke(stage.app, ["scor", "spec.yaml"])
+    assert 2 == refused.exit_code
+    assert all(name in refused.output for name in ("'scor'", "'tune'", "'score'", "'rank'"))

@@ -1,0 +1,135 @@
+"""The real thing: Ray Train and Ray Data workers, the command as a process, your own code from outside the repository."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pipeline.errors import ClusterError, ContractError, InputError
+from pipeline.run import attribute, run_stage
+from tests.conftest import CORPUS_ROWS, read_scores, run_without_ray
+
+pytestmark = pytest.mark.ray
+
+
+def command(*words, cwd, **environment):
+    """Run a Python module as a user does, from a folder of their own."""
+    ours = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environment}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=ours, capture_output=True, text=True, timeout=240)
+
+
+def test_workers_write_the_bytes_that_one_process_writes(make_spec, ray_cluster, capsys):
+    """2 tuning workers and 3 scoring actors give the score files of a run without Ray, to the byte; progress is shown."""
+    run = attribute(make_spec("resources.tune.workers=2", "resources.score.actors=3", "score.shard_rows=32"))
+    other = run_without_ray(make_spec("score.shard_rows=32", name="other"))
+    for ours in sorted(Path(run.uri("scores")).rglob("*.parquet")):
+        assert ours.read_bytes() == Path(other.uri("scores"), ours.relative_to(run.uri("scores"))).read_bytes()
+    assert 2 * CORPUS_ROWS == len(read_scores(run))
+    assert Path(run.uri("_SUCCESS")).exists()
+    assert not Path(run.uri(".train")).exists()
+    shown = capsys.readouterr().err
+    assert "tune  2/2 queries  100%" in shown
+    assert "score 5/5 shards  100%" in shown
+
+
+def test_another_worker_count_gives_the_same_scores(make_spec, ray_cluster):
+    """Other shards and other workers: the same scores to 1e-6 relative and better."""
+    one = attribute(make_spec("resources.score.actors=1", "score.shard_rows=1000", name="one"))
+    many = attribute(make_spec("resources.score.actors=3", "score.shard_rows=13", name="many"))
+    assert read_scores(one).equals(read_scores(many))
+
+
+def test_stages_run_apart(make_spec, ray_cluster):
+    """tune, score and rank one after the other, as an orchestrator calls them, end as one run does."""
+    spec = make_spec()
+    for stage in ("tune", "score", "rank"):
+        run = run_stage(spec, stage)
+    assert Path(run.uri("_SUCCESS")).exists()
+
+
+def test_no_gpu_where_one_is_asked_for_is_an_error(make_spec, ray_cluster):
+    """No silent fallback to the CPU: tuning and scoring both say what is missing."""
+    with pytest.raises(ClusterError, match=r"resources\.tune: asked for 1 x 1 GPU, the cluster has 0"):
+        attribute(make_spec("resources.tune.gpus=1"))
+    spec = make_spec()
+    run_stage(spec, "tune")
+    with pytest.raises(ClusterError, match=r"resources\.score: asked for 1 x 1 GPU, the cluster has 0"):
+        run_stage(make_spec("resources.score.gpus=1"), "score")
+    with pytest.raises(ClusterError, match=r"asked for 2 x 99 CPU"):
+        run_stage(make_spec("resources.score.cpus=99", "resources.score.actors=2"), "score")
+
+
+def test_errors_of_workers_come_home_as_they_were(make_spec, ray_cluster, world, tmp_path):
+    """Weights that do not fit and too many rejects are our own errors, not Ray's, with their messages."""
+    with pytest.raises(ContractError, match=r"0\.weight is \[8, 1, 3, 3\] in the file"):
+        attribute(make_spec("model.arguments.width=4", name="narrow"))
+    table = world.table().to_pylist()
+    table[3]["pixels"] = table[3]["pixels"][:2]
+    path = tmp_path / "bad.parquet"
+    pq.write_table(type(world.table()).from_pylist(table, schema=world.table().schema), path)
+    with pytest.raises(InputError, match=r"1 of 150 rows could not be scored(.|\n)*row 3: pixels: got 2 values"):
+        attribute(make_spec(f"corpus.uri={path}", name="rejects"))
+    run = attribute(make_spec(f"corpus.uri={path}", "score.max_reject_fraction=0.01", name="rejects"))
+    assert {"rows": 149, "rejects": 1} == {
+        k: v for k, v in json.loads(Path(run.uri("_SUCCESS")).read_text()).items() if k[0] == "r"
+    }
+
+
+OUTSIDE = '''
+"""A task and a producer of somebody's own: one file, outside the repository."""
+
+import copy
+
+import torch
+
+from pipeline.producers.base import Produced
+from pipeline.records import Column
+
+
+class MarginTask:
+    """Squared error of the label's logit against a target."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def columns(self):
+        return [Column("pixels", ("pixels",), "float32", (1, 8, 8)), Column("label", ("label",), "int64")]
+
+    def loss_B(self, model, batch):
+        logits_BC = model(batch["pixels"])
+        return (logits_BC.gather(1, batch["label"][:, None])[:, 0] - self.target) ** 2
+
+
+class Nothing:
+    """Changes nothing: every score must be exactly zero."""
+
+    direction = 1
+
+    def produce(self, base, task, query, seed):
+        return Produced(copy.deepcopy(base), steps=0)
+'''
+
+
+def test_your_own_task_and_producer_live_in_one_file_outside(world, tmp_path):
+    """`mirrorscope run` from a folder with mine.py: found by workers too; equal models score exactly zero (truth 1)."""
+    (tmp_path / "mine.py").write_text(OUTSIDE)
+    tree = world.tree(tmp_path / "run")
+    tree["task"] = {"name": "mine:MarginTask", "options": {"target": 5.0}}
+    tree["producer"] = {"name": "mine:Nothing"}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(tree))
+    done = command("-m", "jobs.cli", "run", "spec.yaml", "--set", "rank.k=2", cwd=tmp_path)
+    assert 0 == done.returncode, done.stderr
+    assert "copy-of-3" in done.stdout
+    assert "proponent" in done.stdout
+    scores = pq.read_table(tmp_path / "run" / "scores")
+    assert [0.0] == scores["score"].unique().to_pylist()
+    assert 2 * CORPUS_ROWS == len(scores)
+    again = command("-m", "jobs.attribute", "spec.yaml", "--set", "rank.k=3", cwd=tmp_path)
+    assert 0 == again.returncode, again.stderr
+    assert "tune" not in again.stderr
+    assert 12 == len(pq.read_table(tmp_path / "run" / "topk" / "ranked.parquet"))

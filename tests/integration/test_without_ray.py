@@ -1,0 +1,298 @@
+"""The whole way from spec to report, with the workers' work done in this process: what is right does not need Ray."""
+
+import json
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import freeze, rank, report
+from pipeline.artifacts import open_run
+from pipeline.errors import ArtifactError, InputError, SpecError
+from pipeline.run import finish, rerank
+from pipeline.score import ShardScorer
+from pipeline.spec import RankSection
+from pipeline.specfile import load_spec
+from tests.conftest import CORPUS_ROWS, read_scores, run_without_ray
+
+
+def score_bytes(run):
+    return {
+        path.relative_to(run.uri()): path.read_bytes() for path in sorted(Path(run.uri("scores")).rglob("*.parquet"))
+    }
+
+
+def test_every_row_ends_in_scores_once_per_query(make_spec, world):
+    """150 rows and 2 queries make 300 score rows; the run is sealed."""
+    run = run_without_ray(make_spec())
+    finish(run)
+    scores = read_scores(run)
+    assert sorted(world.table()["id"].to_pylist() * 2) == sorted(scores["example_id"].to_pylist())
+    sealed = json.loads(Path(run.uri("_SUCCESS")).read_text())
+    assert (sealed["shards"], sealed["rows"], sealed["rejects"]) == (3, CORPUS_ROWS, 0)
+
+
+def test_the_same_spec_gives_the_same_bytes(make_spec):
+    """Two runs of one spec write the same score files, to the byte."""
+    first, second = run_without_ray(make_spec(name="a")), run_without_ray(make_spec(name="b"))
+    assert score_bytes(first) == score_bytes(second)
+
+
+@pytest.mark.parametrize("shard_rows", [1, 17, 50, 1000])
+def test_scores_do_not_depend_on_the_shard_size(make_spec, shard_rows):
+    """Other shards, in another order: every loss and score is the same to the bit."""
+    ours = run_without_ray(make_spec(f"score.shard_rows={shard_rows}"), shard_order=lambda shards: shards[::-1])
+    assert read_scores(run_without_ray(make_spec(name="other"))).equals(read_scores(ours))
+
+
+def test_run_yaml_runs_again_as_is(make_spec, tmp_path):
+    """The resolved spec of a run, pointed at a new folder, gives the same score bytes."""
+    first = run_without_ray(make_spec())
+    again = load_spec(first.uri("run.yaml"), [f"run.uri={tmp_path / 'again'}"])
+    assert score_bytes(first) == score_bytes(run_without_ray(again))
+
+
+def test_a_resolved_spec_is_refused_on_other_inputs(make_spec, world, tmp_path):
+    """run.yaml carries digests: other queries behind the same path are noticed."""
+    queries = tmp_path / "queries.parquet"
+    queries.write_bytes(world.queries.read_bytes())
+    run = freeze.freeze(make_spec(f"queries.uri={queries}"))
+    pq.write_table(pq.read_table(queries).slice(0, 1), queries)
+    with pytest.raises(ArtifactError, match="resolved with other inputs: queries changed"):
+        freeze.freeze(load_spec(run.uri("run.yaml"), [f"run.uri={tmp_path / 'again'}"]))
+
+
+def test_a_rerun_does_only_what_is_missing(make_spec):
+    """Committed shards and counterparts keep their files; a lost commit is made again with the same bytes."""
+    run = run_without_ray(make_spec())
+    before = score_bytes(run)
+    stamps = {path: path.stat().st_mtime_ns for path in Path(run.uri()).rglob("*.*")}
+    Path(run.uri("commits", "shard-000001.json")).unlink()
+    run_without_ray(make_spec())
+    touched = {path.name for path, stamp in stamps.items() if path.exists() and path.stat().st_mtime_ns != stamp}
+    assert before == score_bytes(run)
+    assert {"shard-000001.parquet", "shard-000001.json"} == touched
+
+
+def test_a_changed_spec_is_refused_naming_the_field(make_spec):
+    """A run folder belongs to one spec; the refusal says which field differs."""
+    freeze.freeze(make_spec())
+    with pytest.raises(ArtifactError, match=r"producer\.lr: 0\.03 -> 0\.7"):
+        freeze.freeze(make_spec("producer.lr=0.7"))
+    with pytest.raises(ArtifactError, match=r"seed: 0 -> 5"):
+        freeze.freeze(make_spec("seed=5"))
+
+
+def test_fields_that_move_no_score_may_change(make_spec):
+    """k, workers and the reject fraction are taken from the new spec, and run.yaml says so."""
+    freeze.freeze(make_spec())
+    run = freeze.freeze(make_spec("rank.k=2", "score.max_reject_fraction=0.5", "resources.score.actors=1"))
+    assert (run.spec.rank.k, run.spec.score.max_reject_fraction, run.spec.resources.score.actors) == (2, 0.5, 1)
+    assert open_run(run.uri()).spec.rank.k == 2
+
+
+def test_a_changed_corpus_is_refused_naming_the_file(make_spec, world, tmp_path):
+    """Rewritten, added and removed corpus files are each named."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    pq.write_table(world.table().slice(0, 100), corpus / "a.parquet")
+    pq.write_table(world.table().slice(100), corpus / "b.parquet")
+    overrides = [f"corpus.uri={corpus}"]
+    run = freeze.freeze(make_spec(*overrides))
+    pq.write_table(world.table().slice(0, 1), corpus / "c.parquet")
+    with pytest.raises(ArtifactError, match=r"c\.parquet: not in the corpus when it was frozen"):
+        freeze.freeze(make_spec(*overrides))
+    (corpus / "c.parquet").rename(corpus / "_c.parquet")
+    (corpus / "b.parquet").rename(corpus / "_b.parquet")
+    with pytest.raises(ArtifactError, match=r"b\.parquet: gone"):
+        freeze.freeze(make_spec(*overrides))
+    pq.write_table(world.table().slice(100, 20), corpus / "b.parquet")
+    with pytest.raises(ArtifactError, match=r"b\.parquet: .* bytes of version"):
+        freeze.freeze(make_spec(*overrides))
+    assert run.rows == 150
+
+
+# --- rejects ------------------------------------------------------------------------------------------------------------
+
+
+def bad_corpus(world, folder):
+    """The world's corpus with five rows that cannot be scored, each in its own way."""
+    rows = world.table().to_pylist()
+    rows[7]["pixels"] = [*rows[7]["pixels"][:3], float("nan"), *rows[7]["pixels"][4:]]
+    rows[20]["pixels"] = rows[20]["pixels"][:63]
+    rows[64]["label"] = None
+    rows[65]["label"] = 99
+    rows[149]["id"] = None
+    path = folder / "bad.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=world.table().schema), path)
+    return path
+
+
+def test_rows_that_cannot_be_scored_are_rejected_with_their_reason(make_spec, world, tmp_path):
+    """Five bad rows end in rejects/ with row, column, got, expected; the other 145 in scores with unchanged numbers."""
+    path = bad_corpus(world, tmp_path)
+    run = run_without_ray(make_spec(f"corpus.uri={path}", "score.max_reject_fraction=0.1"))
+    finish(run)
+    rejects = pq.read_table(run.uri("rejects")).to_pylist()
+    found = {row["row"]: (row["column"], row["got"], row["expected"]) for row in rejects}
+    assert found == {
+        7: ("pixels", "nan at position 3", "finite numbers of shape 1x8x8"),
+        20: ("pixels", "63 values", "finite numbers of shape 1x8x8"),
+        64: ("label", "null", "an integer"),
+        65: ("base_loss", "nan", "a finite loss"),
+        149: ("id", "null", "an id"),
+    }
+    scores, clean = read_scores(run), read_scores(run_without_ray(make_spec(name="clean")))
+    assert len(scores) == 2 * 145
+    bad_ids = pa.array([f"digit-{row:03d}" for row in found])
+    assert clean.filter(pa.compute.invert(pa.compute.is_in(clean["example_id"], bad_ids))).equals(scores)
+
+
+def test_more_rejects_than_allowed_stop_the_run_and_say_where(make_spec, world, tmp_path):
+    """The default tolerates none: how many, where they are, the first ones, and what to do."""
+    from pipeline.score import _require_few_rejects
+
+    run = run_without_ray(make_spec(f"corpus.uri={bad_corpus(world, tmp_path)}"))
+    with pytest.raises(
+        InputError, match=r"5 of 150 rows could not be scored(.|\n)*nan at position 3(.|\n)*max_reject_fraction"
+    ):
+        _require_few_rejects(run, sum(receipt.rejects for receipt in run.receipts()))
+
+
+# --- rank ---------------------------------------------------------------------------------------------------------------
+
+
+def test_ranked_rows_are_what_sql_over_the_scores_lists(make_spec):
+    """The top-k from partials equals a sort of all score rows, and carries the payload of each row."""
+    run = run_without_ray(make_spec("corpus.payload=[label, author]"))
+    ranked = rank.rank(run)
+    sql = f"""SELECT query_id, example_id, score FROM '{run.uri("scores")}/*/*.parquet'
+              QUALIFY row_number() OVER (PARTITION BY query_id ORDER BY score DESC, example_id) <= 5
+              ORDER BY query_id, score DESC, example_id"""
+    proponents = ranked.filter(pa.compute.equal(ranked["side"], "proponent"))
+    got = list(zip(*(proponents[name].to_pylist() for name in ("query_id", "example_id", "score")), strict=True))
+    assert duckdb.sql(sql).fetchall() == got
+    for row in ranked.to_pylist():
+        assert f"author-{int(row['example_id'][-3:]) % 3}" == row["author"]
+
+
+@pytest.mark.parametrize("transform", ["signed", "absolute", "relative"])
+def test_ranking_again_equals_having_ranked_so(make_spec, transform):
+    """Another k and transform, from the score files, gives the table that a run with them would have made."""
+    section = RankSection(k=9, transform=transform)
+    again = rerank(run_without_ray(make_spec()), section).read_ranked()[0]
+    direct = run_without_ray(make_spec("rank.k=9", f"rank.transform={transform}", name="direct"))
+    assert rank.rank(direct).equals(again)
+
+
+def test_a_k_beyond_the_corpus_lists_all_and_says_so(make_spec, capsys):
+    """K = 1,000 over 150 rows works."""
+    ranked = rank.rank(run_without_ray(make_spec("rank.k=1000")))
+    assert len(ranked) == 2 * 2 * CORPUS_ROWS
+    assert "rank.k is 1,000 but 150 examples were scored: all of them are listed" in capsys.readouterr().err
+
+
+def test_sources_are_summed_per_query(make_spec):
+    """topk/sources.parquet holds what SQL over the scores says of every author."""
+    run = run_without_ray(make_spec())
+    rank.rank(run)
+    sources = run.read_table("topk", "sources.parquet").to_pylist()
+    sql = f"""SELECT query_id, source, count(*), sum(score::DOUBLE), arg_max(example_id, score)
+              FROM '{run.uri("scores")}/*/*.parquet' GROUP BY ALL ORDER BY ALL"""
+    for (query_id, source, count, total, top), row in zip(duckdb.sql(sql).fetchall(), sources, strict=True):
+        assert (query_id, source, count, top) == (row["query_id"], row["source"], row["count"], row["top_example_id"])
+        assert total == pytest.approx(row["sum"], abs=1e-6)
+        assert row["sum"] / row["count"] == pytest.approx(row["mean"])
+
+
+def test_every_column_is_described_in_the_parquet_metadata(make_spec):
+    """Scores, ranked table, sources and manifest explain themselves to a lake."""
+    run = run_without_ray(make_spec())
+    rank.rank(run)
+    files = [*Path(run.uri("scores")).rglob("*.parquet"), *Path(run.uri("topk")).glob("*.parquet")]
+    for file in files:
+        assert all((field.metadata or {}).get(b"description") for field in pq.read_schema(file)), file
+
+
+def test_an_unfinished_run_is_not_ranked(make_spec):
+    """Ranking half the corpus would be a wrong answer; it is refused."""
+    run = run_without_ray(make_spec())
+    Path(run.uri("commits", "shard-000001.json")).unlink()
+    with pytest.raises(ArtifactError, match="2 of 3 shards are committed"):
+        rank.rank(run)
+
+
+def test_scoring_before_tuning_is_refused(make_spec):
+    """The stages' order is checked from what is committed."""
+    with pytest.raises(ArtifactError, match="2 counterparts are not made yet"):
+        ShardScorer(freeze.freeze(make_spec()), "cpu")
+
+
+# --- report -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_shows_every_query_beside_its_examples(make_spec):
+    """The sheet has one strip per query, and drawn pixels where a proponent stands."""
+    run = run_without_ray(make_spec())
+    rank.rank(run)
+    report.report(run)
+    with Image.open(run.uri("report", "contact_sheet.png")) as sheet:
+        pixels = np.asarray(sheet.convert("L"))
+    page = Path(run.uri("report", "index.html")).read_text()
+    assert pixels.shape[0] > 2 * 84
+    assert np.std(pixels[60:140, 190:270]) > 40
+    assert all(query_id in page for query_id in run.query_ids)
+    assert page.count("data:image/png") == 2 + 2 * 2 * 5
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_refused_before_any_work(make_spec, world, tmp_path):
+    """Missing columns, duplicate ids, wrong types: each has its message, and no run folder appears."""
+    with pytest.raises(InputError, match=r"task column 'label': column 'lable' is not known; did you mean 'label'"):
+        freeze.freeze(make_spec("task.label=lable"))
+    with pytest.raises(InputError, match=r"corpus\.example_id: column 'idd'"):
+        freeze.freeze(make_spec("corpus.example_id=idd"))
+    with pytest.raises(InputError, match="got string, expected finite numbers of shape 1x8x8"):
+        freeze.freeze(make_spec("task.features=id"))
+    twice = tmp_path / "twice.parquet"
+    pq.write_table(pa.concat_tables([world.table(), world.table().slice(3, 1)]), twice)
+    with pytest.raises(InputError, match=r"'digit-003': .*twice\.parquet row 3 and .*twice\.parquet row 150"):
+        freeze.freeze(make_spec(f"corpus.uri={twice}"))
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pq.read_table(world.queries).slice(0, 0), empty)
+    with pytest.raises(InputError, match="no rows"):
+        freeze.freeze(make_spec(f"queries.uri={empty}"))
+    with pytest.raises(InputError, match="no file ending in"):
+        freeze.freeze(make_spec(f"corpus.uri={tmp_path / 'nowhere'}"))
+    clash = tmp_path / "clash.parquet"
+    pq.write_table(world.table().append_column("source", world.table()["author"]), clash)
+    with pytest.raises(SpecError, match=r"corpus\.payload: source: the ranked table has columns of that name"):
+        freeze.freeze(make_spec(f"corpus.uri={clash}", "corpus.payload=[source]"))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 this is no Parquet")
+    with pytest.raises(InputError, match=r"broken\.parquet cannot be read as Parquet"):
+        freeze.freeze(make_spec(f"corpus.uri={tmp_path / 'broken.parquet'}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_weights_are_refused_with_the_names(make_spec):
+    """Weights of a wider CNN do not fit a narrower one; names and shapes say so."""
+    run = freeze.freeze(make_spec("model.arguments.width=4"))
+    from pipeline.errors import ContractError
+    from pipeline.tune import Tuner
+
+    with pytest.raises(ContractError, match=r"0\.weight is \[8, 1, 3, 3\] in the file, \[4, 1, 3, 3\] in the model"):
+        Tuner(run, "cpu")
+
+
+def test_text_corpora_give_the_same_scores(make_spec, world, tmp_path):
+    """The same digits as JSON lines score as they do from Parquet."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in world.table().to_pylist()))
+    ours = read_scores(run_without_ray(make_spec(f"corpus.uri={path}", name="text")))
+    assert read_scores(run_without_ray(make_spec())).equals(ours)

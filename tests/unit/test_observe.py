@@ -1,0 +1,120 @@
+"""What a person sees: plain lines where there is no terminal, units, and actions that repeat."""
+
+import threading
+
+import pytest
+
+from pipeline import observe
+from pipeline.observe import Progress, duration, every, rate, say
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0:00"), (0.4, "0:00"), (9, "0:09"), (59.6, "1:00"), (61, "1:01"), (3599.7, "1:00:00"), (90_061, "25:01:01")],
+)
+def test_durations_read_as_clocks(seconds, expected):
+    """m:ss below an hour, h:mm:ss above, rounded before they are cut up."""
+    assert expected == duration(seconds)
+
+
+@pytest.mark.parametrize(
+    ("examples", "seconds", "expected"),
+    [(5000, 2.0, "2,500 examples/s"), (1, 4.0, "0 examples/s"), (0, 2.0, ""), (5, 0.0, "")],
+)
+def test_rates_are_examples_per_second_or_nothing(examples, seconds, expected):
+    """No rate is claimed where none can be known."""
+    assert expected == rate(examples, seconds)
+
+
+def test_a_notice_is_one_line_on_standard_error(capsys):
+    """Standard output stays free for results."""
+    say("hello")
+    assert ("", "hello\n") == capsys.readouterr()
+
+
+def test_a_log_gets_a_line_at_the_start_and_one_at_the_end(capsys, monkeypatch):
+    """Between them at most one per interval: nothing here, where the interval is an hour."""
+    monkeypatch.setattr(observe, "PLAIN_EVERY_S", 3600.0)
+    with Progress("score", 3, "shards") as progress:
+        for _ in range(3):
+            progress.advance(100)
+    first, last = capsys.readouterr().err.splitlines()
+    assert "score 0/3 shards    0%  ETA ?" == first
+    assert last.startswith("score 3/3 shards  100%")
+    assert "examples/s  took 0:00" in last
+
+
+def test_a_line_is_due_once_the_interval_has_passed(capsys, monkeypatch):
+    """With an interval of nothing every step has its line."""
+    monkeypatch.setattr(observe, "PLAIN_EVERY_S", 0.0)
+    with Progress("tune", 2, "queries") as progress:
+        progress.advance()
+        progress.advance()
+    shown = [line[: len("tune  0/2 queries")] for line in capsys.readouterr().err.splitlines()]
+    assert ["tune  0/2 queries", "tune  1/2 queries", "tune  2/2 queries", "tune  2/2 queries"] == shown
+
+
+def test_plain_lines_carry_no_terminal_codes(capsys):
+    """A log file stays readable."""
+    with Progress("score", 1, "shards") as progress:
+        progress.advance(1)
+    written = capsys.readouterr().err
+    assert "\x1b" not in written
+    assert "\r" not in written
+
+
+def test_what_was_done_before_counts_as_done_but_not_as_speed():
+    """A resumed stage starts at its fraction, and guesses no end before its first step."""
+    line = Progress("score", 4, "shards", done=2).line()
+    assert "score 2/4 shards   50%  ETA ?" == line
+
+
+def test_a_stage_of_nothing_has_no_fraction():
+    """Zero of zero is done, not a division by zero."""
+    assert "score 0/0 shards  took 0:00" == Progress("score", 0, "shards").line()
+
+
+def test_thousands_are_grouped():
+    """Long counts stay readable."""
+    assert "1,500/2,000,000 shards" in Progress("score", 2_000_000, "shards", done=1500).line()
+
+
+def test_the_last_line_is_shown_even_when_the_work_fails(capsys):
+    """A log ends with how far it came."""
+    with pytest.raises(RuntimeError, match="work"), Progress("score", 9, "shards") as progress:
+        progress.at(4)
+        raise RuntimeError("work")
+    assert "4/9 shards" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_repeats_while_the_block_lasts_and_once_at_its_end():
+    """The action runs again and again meanwhile, and after the block no more."""
+    calls, thrice = [], threading.Event()
+
+    def action():
+        calls.append(threading.current_thread() is threading.main_thread())
+        if len(calls) == 3:
+            thrice.set()
+
+    with every(0.001, action):
+        assert thrice.wait(60)
+    counted = len(calls)
+    assert [False] * (counted - 1) + [True] == calls
+    assert not threading.Event().wait(0.02)
+    assert counted == len(calls)
+
+
+def test_every_runs_its_action_at_the_end_of_a_short_block():
+    """The last state is seen even when the block ends before the first interval."""
+    calls = []
+    with every(3600, lambda: calls.append(1)):
+        pass
+    assert [1] == calls
+
+
+def test_every_stops_when_the_block_fails():
+    """An error passes through, and no thread is left behind."""
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="work"), every(3600, lambda: None):
+        raise RuntimeError("work")
+    assert before == threading.active_count()

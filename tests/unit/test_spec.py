@@ -1,0 +1,139 @@
+"""The spec: what is refused, how it is said, and that nothing is lost on the way to a file and back."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import SpecError
+from pipeline.spec import PAPER, Section, Spec
+from pipeline.specfile import changed_fields, dump_spec, load_spec, parse_spec, sections_of
+
+TREE = {
+    "run": {"uri": "runs/x"},
+    "model": {"factory": "jobs.digits:cnn"},
+    "task": {"shape": [1, 8, 8]},
+    "corpus": {"uri": "corpus"},
+    "queries": {"uri": "queries"},
+}
+
+
+def parse(*overrides, **sections):
+    return parse_spec(copy.deepcopy({**TREE, **sections}), overrides)
+
+
+def test_a_minimal_spec_has_working_defaults():
+    """Five sections are enough; the producer is unlearn and the transform signed."""
+    spec = parse()
+    assert ("unlearn", "signed", 0) == (spec.producer.name, spec.rank.transform, spec.seed)
+
+
+def test_unknown_keys_name_the_nearest_known_one():
+    """A typo is answered with the word that was meant."""
+    with pytest.raises(SpecError, match=r"score\.batchrows: 'batchrows' is not known; did you mean 'batch_rows'"):
+        parse(score={"batchrows": 3})
+    with pytest.raises(SpecError, match=r"producer\.name: 'unlern' is not known; did you mean 'unlearn'"):
+        parse(producer={"name": "unlern"})
+    with pytest.raises(SpecError, match=r"sed: 'sed' is not known; did you mean 'seed'"):
+        parse(sed=3)
+
+
+def test_all_problems_are_reported_at_once_with_their_paths():
+    """Three mistakes in three sections make one error with three lines."""
+    with pytest.raises(SpecError, match="3 problems") as caught:
+        parse(corpus={}, score={"batch_rows": 0}, model={"factory": "jobs.digits:cnn", "dtype": "float31"})
+    lines = str(caught.value).splitlines()
+    assert ["model.dtype", "corpus.uri", "score.batch_rows"] == [line.strip().split(":")[0] for line in lines[1:]]
+
+
+def test_a_spec_is_frozen():
+    """Nothing changes a parsed spec in place."""
+    with pytest.raises(ValueError, match="frozen"):
+        parse().rank.k = 3
+
+
+def test_overrides_win_over_the_file_and_parse_as_yaml():
+    """--set reaches any depth and makes sections that the file leaves out."""
+    spec = parse("rank.k=3", "resources.tune.workers=4", "corpus.payload=[label, text]")
+    assert (3, 4, ["label", "text"]) == (spec.rank.k, spec.resources.tune.workers, spec.corpus.payload)
+
+
+@pytest.mark.parametrize("override", ["rank.k", "=3", "run.uri.deeper=3", "rank.k=[1"])
+def test_malformed_overrides_are_refused(override):
+    """An override that says nothing usable is named."""
+    with pytest.raises(SpecError, match="--set"):
+        parse(override)
+
+
+def test_the_paper_preset_fills_the_released_recipe():
+    """`preset: paper` is Ko et al.'s recipe; fields beside it win."""
+    assert PAPER.items() <= parse(producer={"preset": "paper"}).producer.model_dump().items()
+    mixed = parse(producer={"preset": "paper", "lr": 0.5}).producer
+    assert (0.5, "adam") == (mixed.lr, mixed.optimizer)
+
+
+def test_files_that_are_no_spec_are_refused(tmp_path: Path):
+    """Missing, not YAML, not a mapping: each says so."""
+    with pytest.raises(SpecError, match="does not exist"):
+        load_spec(str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(SpecError, match="is not YAML"):
+        load_spec(str(tmp_path / "bad.yaml"))
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(SpecError, match="got list, expected a mapping"):
+        load_spec(str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize(("path", "section"), sections_of().items(), ids=sections_of())
+def test_every_field_is_explained(path: str, section: type[Section]):
+    """Every field of every section carries its meaning, for `mirrorscope fields` and for readers."""
+    silent = [
+        name for name, field in section.model_fields.items() if not field.description and name not in ("name", "loader")
+    ]
+    assert [] == silent
+
+
+specs = st.fixed_dictionaries(
+    {
+        "producer": st.one_of(
+            st.fixed_dictionaries(
+                {
+                    "name": st.sampled_from(["unlearn", "finetune"]),
+                    "lr": st.floats(1e-8, 10),
+                    "steps": st.integers(1, 99),
+                }
+            ),
+            st.fixed_dictionaries(
+                {"name": st.just("unlearn"), "preset": st.just("paper"), "noise_tries": st.integers(1, 9)}
+            ),
+            st.fixed_dictionaries(
+                {"name": st.just("my.module:Class"), "options": st.dictionaries(st.text(max_size=5), st.integers())}
+            ),
+        ),
+        "rank": st.fixed_dictionaries(
+            {"k": st.integers(1, 10**6), "transform": st.sampled_from(["signed", "absolute", "relative"])}
+        ),
+        "score": st.fixed_dictionaries(
+            {"shard_rows": st.none() | st.integers(1, 10**9), "max_reject_fraction": st.floats(0, 1)}
+        ),
+        "seed": st.integers(0, 2**31 - 1),
+        "run": st.fixed_dictionaries({"uri": st.text(min_size=1)}),
+    }
+)
+
+
+@given(specs)
+def test_a_spec_survives_the_way_to_a_file_and_back(sections):
+    """spec -> text -> spec is the identity, so run.yaml runs again as is."""
+    spec = parse(**sections)
+    assert spec == parse_spec(yaml.safe_load(dump_spec(spec)))
+    assert isinstance(spec, Spec)
+
+
+def test_changed_fields_names_every_leaf():
+    """The refusal of a changed spec can say what changed, at any depth."""
+    before, after = {"a": {"b": 1, "c": [1]}, "d": 1}, {"a": {"b": 2, "c": [1]}, "e": 1}
+    assert ["a.b: 1 -> 2", "d: 1 -> None", "e: None -> 1"] == changed_fields(before, after)

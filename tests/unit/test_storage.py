@@ -1,0 +1,204 @@
+"""Storage: whole objects at a URI, local and elsewhere, and foreign errors as ours."""
+
+import hashlib
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import InputError, StorageError
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path):
+    """URI of an empty folder on the local disk, and in fsspec's memory."""
+    if request.param == "local":
+        yield f"{tmp_path}/folder"
+        return
+    uri = f"memory://{tmp_path}"
+    yield uri
+    storage.remove_folder(uri)
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 64 bytes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_bytes_read_back_as_written(folder):
+    """Folders on the way are made; a second write replaces the first."""
+    for data in (b"first, longer", b"second", b""):
+        storage.write_bytes(f"{folder}/a/b/object", data)
+        assert data == storage.read_bytes(f"{folder}/a/b/object")
+
+
+def test_a_range_of_bytes_is_what_lies_between_start_and_stop(folder):
+    """Half-open, as slices are."""
+    storage.write_bytes(f"{folder}/object", b"0123456789")
+    assert (b"234", b"789") == (
+        storage.read_bytes(f"{folder}/object", 2, 5),
+        storage.read_bytes(f"{folder}/object", 7, None),
+    )
+
+
+def test_an_object_is_open_for_seeking(folder):
+    """`reading` gives what Parquet needs."""
+    storage.write_bytes(f"{folder}/object", b"0123456789")
+    with storage.reading(f"{folder}/object") as file:
+        file.seek(-3, os.SEEK_END)
+        assert b"789" == file.read()
+
+
+def test_names_are_sorted_bare_and_without_hidden_ones(folder):
+    """Files and folders lying directly there; nothing of what lies deeper, no dot files."""
+    for name in ("b", "a.json", "sub/deeper", ".hidden"):
+        storage.write_bytes(f"{folder}/{name}", b"")
+    assert ["a.json", "b", "sub"] == storage.names(folder)
+
+
+def test_names_follow_what_is_written_and_removed(folder):
+    """A listing is never a stale one."""
+    storage.write_bytes(f"{folder}/sub/a", b"")
+    assert ["a"] == storage.names(f"{folder}/sub")
+    storage.write_bytes(f"{folder}/sub/b", b"")
+    assert ["a", "b"] == storage.names(f"{folder}/sub")
+
+
+def test_a_folder_that_is_not_there_has_no_names(folder):
+    """Listing asks nothing of a fresh run."""
+    assert [] == storage.names(f"{folder}/none")
+
+
+def test_exists_tells_objects_and_folders_from_nothing(folder):
+    """True for both, false for a name beside them."""
+    storage.write_bytes(f"{folder}/sub/a", b"")
+    assert [True, True, False] == [storage.exists(f"{folder}/{name}") for name in ("sub/a", "sub", "sub/b")]
+
+
+def test_stat_gives_size_and_a_version(folder):
+    """Size in bytes; the version is text."""
+    storage.write_bytes(f"{folder}/a", b"12345")
+    size_bytes, version = storage.stat(f"{folder}/a")
+    assert (5, str) == (size_bytes, type(version))
+
+
+def test_the_version_of_a_local_file_follows_its_modification_time(tmp_path):
+    """A file rewritten with as many bytes is another version."""
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    os.utime(path, ns=(10**18, 10**18))
+    before = storage.stat(str(path))
+    os.utime(path, ns=(10**18, 10**18 + 10**9))
+    assert before != storage.stat(str(path))
+    os.utime(path, ns=(10**18, 10**18))
+    assert before == storage.stat(str(path))
+
+
+def test_remove_folder_takes_all_of_it_and_only_it(folder):
+    """What lies beside stays; removing it again is nothing."""
+    for name in ("run/a", "run/deep/b", "runner"):
+        storage.write_bytes(f"{folder}/{name}", b"")
+    storage.remove_folder(f"{folder}/run")
+    storage.remove_folder(f"{folder}/run")
+    assert ["runner"] == storage.names(folder)
+
+
+def test_digests_are_sha256_of_the_contents(folder):
+    """Streamed and in memory they agree with hashlib, over more than one chunk."""
+    data = bytes(range(256)) * (storage.CHUNK_BYTES // 256) + b"rest"
+    storage.write_bytes(f"{folder}/large", data)
+    expected = hashlib.sha256(data).hexdigest()
+    assert (expected, expected) == (storage.file_digest(f"{folder}/large"), storage.bytes_digest(data))
+
+
+@pytest.mark.parametrize("read", [storage.read_bytes, storage.stat, storage.file_digest])
+def test_a_missing_object_is_an_input_error_that_names_it(folder, read):
+    """Whatever the store raises, the reader learns which object is not there."""
+    with pytest.raises(InputError, match=r"none\.bin does not exist or is not a file"):
+        read(f"{folder}/none.bin")
+
+
+def test_a_folder_is_no_object(tmp_path):
+    """Reading a folder says that it is not a file."""
+    with pytest.raises(InputError, match="is not a file"):
+        storage.read_bytes(str(tmp_path))
+
+
+def test_an_unknown_scheme_is_a_storage_error_with_examples():
+    """The hint shows what a URI may look like."""
+    with pytest.raises(StorageError, match=r"s4://bucket/key: Protocol not known") as caught:
+        storage.read_bytes("s4://bucket/key")
+    assert "s3://bucket/key" in caught.value.hint
+
+
+def test_a_write_that_fails_keeps_the_old_bytes_and_leaves_nothing_behind(tmp_path, full_disk):
+    """On a full disk readers go on seeing the old object, and no temporary file stays."""
+    path = tmp_path / "object"
+    storage.write_bytes(str(path), b"old")
+    with pytest.raises(StorageError, match="object: .*too large"):
+        storage.write_bytes(str(path), b"new" * 1000)
+    assert (b"old", ["object"]) == (path.read_bytes(), os.listdir(tmp_path))
+
+
+def test_a_write_that_a_bug_stops_leaves_nothing_behind(tmp_path):
+    """Even an exception that is none of the file system's clears the temporary file away."""
+    path = tmp_path / "object"
+    storage.write_bytes(str(path), b"old")
+    with pytest.raises(TypeError, match="bytes-like"):
+        storage.write_bytes(str(path), "text")
+    assert (b"old", ["object"]) == (path.read_bytes(), os.listdir(tmp_path))
+
+
+def test_a_finished_write_leaves_one_file(tmp_path):
+    """No temporary file lies beside the object."""
+    storage.write_bytes(f"{tmp_path}/object", b"data")
+    assert ["object"] == os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("below", ["x", "deeper/x"])
+def test_writing_below_a_file_is_a_storage_error(tmp_path, below):
+    """A store that refuses an object says so in our words, and the file stays."""
+    (tmp_path / "file").write_bytes(b"data")
+    with pytest.raises(StorageError, match=f"file/{below}"):
+        storage.write_bytes(f"{tmp_path}/file/{below}", b"")
+    assert b"data" == (tmp_path / "file").read_bytes()
+
+
+def test_writing_over_a_folder_is_a_storage_error(tmp_path):
+    """A folder is not replaced by an object, and no temporary file stays."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match="folder"):
+        storage.write_bytes(f"{tmp_path}/folder", b"")
+    assert ["folder"] == os.listdir(tmp_path)
+
+
+def test_absolute_means_the_same_from_any_folder(tmp_path, monkeypatch):
+    """Relative paths, ~ and trailing slashes become one absolute path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = f"{tmp_path}/runs/a"
+    assert [expected] * 5 == [
+        storage.absolute(uri) for uri in ("runs/a", "runs/a/", "./runs/a", "~/runs/a", f"file://{tmp_path}/runs/a")
+    ]
+
+
+def test_absolute_leaves_other_schemes_alone():
+    """A URI of another store stays as it is, but for a trailing slash."""
+    assert ("memory://bucket/a", "memory://bucket/a") == (
+        storage.absolute("memory://bucket/a"),
+        storage.absolute("memory://bucket/a/"),
+    )
+
+
+def test_local_paths_with_odd_characters_are_taken_as_they_are(tmp_path):
+    """Spaces, percent signs, hashes and letters beyond ASCII are part of the name."""
+    for name in ("a b", "100%", "a#b", "größe 名", "query_id=a%2Fb"):
+        storage.write_bytes(f"{tmp_path}/{name}/object", name.encode())
+        assert name.encode() == (Path(tmp_path) / name / "object").read_bytes()
+        assert ["object"] == storage.names(f"{tmp_path}/{name}")

@@ -1,0 +1,103 @@
+"""Top-k and sums: any partition merged in any order equals the whole, ties included."""
+
+from itertools import pairwise
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.records import SCORES
+from pipeline.topk import merge_sources, merge_topk, partial_topk, source_sums, transform_value, with_rank, with_value
+
+few = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 1.0, 3.0])  # few values: many ties
+rows = st.lists(st.tuples(few, st.sampled_from(["a", "b", None])), min_size=1, max_size=60)
+
+
+def scores(pairs, query_id="q"):
+    n = len(pairs)
+    return pa.table(
+        {
+            "example_id": [f"e{(i * 7919) % 10007:05d}" for i in range(n)],
+            "source": pa.array([source for _, source in pairs], pa.string()),
+            "query_id": [query_id] * n,
+            "base_loss": np.linspace(0, 1, n),
+            "counterpart_loss": np.zeros(n),
+            "score": [score for score, _ in pairs],
+            "shard_id": np.zeros(n),
+            "row": np.arange(n),
+        }
+    ).cast(SCORES)
+
+
+@given(rows, st.integers(1, 8), st.lists(st.integers(0, 60), max_size=4), st.randoms(use_true_random=False))
+def test_merged_parts_equal_the_whole(pairs, k, cuts, random):
+    """Cut anywhere, merge in any order: the same rows, in the same order."""
+    valued = with_value(scores(pairs), "signed", 1e-3)
+    edges = sorted({0, len(pairs), *(cut for cut in cuts if cut < len(pairs))})
+    parts = [partial_topk(valued.slice(a, b - a), k, "signed") for a, b in pairwise(edges)]
+    random.shuffle(parts)
+    whole = merge_topk([partial_topk(valued, k, "signed")], k)
+    assert whole.equals(merge_topk(parts, k))
+    assert whole.equals(merge_topk([merge_topk(parts[:1], k), *parts[1:]], k))
+
+
+@given(rows, st.integers(1, 8))
+def test_the_order_is_value_then_example_id(pairs, k):
+    """Exactly what sorting all rows by (value, example_id) would list, ranks from 1."""
+    table = scores(pairs)
+    listed = with_rank(merge_topk([partial_topk(with_value(table, "signed", 1e-3), k, "signed")], k)).to_pylist()
+    for side, sign in (("proponent", -1), ("opponent", 1)):
+        expected = sorted(table.to_pylist(), key=lambda row: (sign * row["score"], row["example_id"]))[:k]
+        got = [row for row in listed if row["side"] == side]
+        assert [row["example_id"] for row in expected] == [row["example_id"] for row in got]
+        assert list(range(1, len(got) + 1)) == [row["rank"] for row in got]
+
+
+@given(rows, st.lists(st.integers(0, 60), max_size=4))
+def test_merged_source_sums_equal_the_whole(pairs, cuts):
+    """Counts, tops and (to rounding) sums per source do not depend on how the rows were cut."""
+    valued = with_value(scores(pairs), "signed", 1e-3)
+    edges = sorted({0, len(pairs), *(cut for cut in cuts if cut < len(pairs))})
+    merged = merge_sources([source_sums(valued.slice(a, b - a)) for a, b in pairwise(edges)])
+    whole = source_sums(valued)
+    for name in ("query_id", "source", "count", "top_example_id", "top_value"):
+        assert whole[name].to_pylist() == merged[name].to_pylist()
+    assert whole["sum"].to_pylist() == pytest.approx(merged["sum"].to_pylist(), abs=1e-9)
+    assert whole["mean"].to_pylist() == pytest.approx(merged["mean"].to_pylist(), abs=1e-9)
+
+
+def test_many_queries_and_large_tables_agree_with_duckdb(rng):
+    """20,000 rows of 3 queries: the same list as one SQL query makes."""
+    tables = [
+        scores(list(zip(rng.normal(size=20_000).round(2), ["a"] * 20_000, strict=True)), f"q{i}") for i in range(3)
+    ]
+    parts = [partial_topk(with_value(table, "signed", 1e-3), 50, "signed") for table in tables]
+    ours = with_rank(merge_topk(parts, 50))
+    everything = pa.concat_tables(tables)  # noqa: F841  DuckDB reads it by name
+    sql = """SELECT query_id, example_id FROM everything
+             QUALIFY row_number() OVER (PARTITION BY query_id ORDER BY score DESC, example_id) <= 50
+             ORDER BY query_id, score DESC, example_id"""
+    ours_up = ours.filter(pa.compute.equal(ours["side"], "proponent"))
+    assert duckdb.sql(sql).fetchall() == list(
+        zip(ours_up["query_id"].to_pylist(), ours_up["example_id"].to_pylist(), strict=True)
+    )
+
+
+def test_transforms_are_what_they_say():
+    """signed, absolute and relative = score / (base_loss + eps)."""
+    score_N, base_N = np.float32([-2, 1]), np.float32([1, 0])
+    assert [-2, 1] == transform_value(score_N, base_N, "signed", 0.5).tolist()
+    assert [2, 1] == transform_value(score_N, base_N, "absolute", 0.5).tolist()
+    assert [-2 / 1.5, 2] == pytest.approx(transform_value(score_N, base_N, "relative", 0.5).tolist())
+
+
+def test_a_size_has_no_opponents():
+    """`absolute` lists proponents only: the least changed example opposes nothing."""
+    assert {"proponent"} == set(
+        partial_topk(with_value(scores([(1.0, None), (-3.0, None)]), "absolute", 1e-3), 5, "absolute")[
+            "side"
+        ].to_pylist()
+    )
