@@ -68,8 +68,14 @@ def _start_embedded() -> None:
 
 
 def _environment() -> dict[str, dict[str, str]]:
-    """Workers import what the driver can import: its working directory and PYTHONPATH."""
-    here = [path for path in sys.path if path and os.path.isdir(path) and not path.startswith(sys.prefix)]
+    """Workers import what the driver can import: its working directory and PYTHONPATH.
+
+    Inside a submitted job this is the job's own runtime environment's business: its working_dir lies elsewhere on each node.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return {}
+    own = (sys.prefix, sys.base_prefix)
+    here = [path for path in sys.path if path and os.path.isdir(path) and not path.startswith(own)]
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(here)}}
 
 
@@ -138,25 +144,27 @@ def errors_of(stage: str) -> Iterator[None]:
         PipelineError: Of a worker.
         ClusterError: A worker died too often, or Ray failed.
     """
-    import ray
+    from ray.data.exceptions import SystemException, UserCodeException
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError
 
     try:
         yield
-    except PipelineError:
-        raise
-    except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
+    except (RayError, TrainingFailedError, UserCodeException, SystemException) as error:
         raise as_pipeline_error(error, stage) from error
 
 
 def as_pipeline_error(error: BaseException, stage: str) -> PipelineError:
     """The PipelineError inside a Ray exception, or a ClusterError that says what Ray said."""
+    from ray.exceptions import RayError
+
     seen: list[BaseException] = []
     queue: list[BaseException | None] = [error]
     while queue:
         item = queue.pop(0)
         if item is None or item in seen:
             continue
-        if isinstance(item, PipelineError):
+        if isinstance(item, PipelineError) and not isinstance(item, RayError):  # Ray dresses its own up as the cause's kind
             return item
         seen.append(item)
         queue += [getattr(item, "cause", None), item.__cause__, item.__context__]

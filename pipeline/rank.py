@@ -61,17 +61,19 @@ def _partials_fit(run: Run, receipts: Sequence[Receipt]) -> bool:
 def _partials(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
     """A shard's partial top-k and source sums, as it committed them."""
     name = f"shard-{receipt.shard_id:06d}.parquet"
-    return run.read_table("partials", "topk", name), run.read_table("partials", "sources", name)
+    sums = run.read_table("partials", "sources", name) if run.spec.corpus.source is not None else SOURCES.empty_table()
+    return run.read_table("partials", "topk", name), sums
 
 
 def _from_scores(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
     """The same from the shard's scores, for another k or transform."""
     section, name = run.spec.rank, f"shard-{receipt.shard_id:06d}.parquet"
-    tops, sums = [], []
+    tops, sums = [], [SOURCES.empty_table()]
     for query_id in run.query_ids:
         valued = topk.with_value(run.read_table("scores", partition(query_id), name), section.transform, section.eps)
         tops.append(topk.partial_topk(valued, section.k, section.transform))
-        sums.append(topk.source_sums(valued))
+        if run.spec.corpus.source is not None:
+            sums.append(topk.source_sums(valued))
     return pa.concat_tables(tops), pa.concat_tables(sums)
 
 
@@ -83,7 +85,7 @@ def _merged(run: Run, receipts: Sequence[Receipt], read: Any) -> tuple[pa.Table,
         parts = parallel(lambda receipt: read(run, receipt), receipts[start : start + MERGE_AT_ONCE])
         tops = [topk.merge_topk([*tops, *(top for top, _ in parts)], run.spec.rank.k)]
         sums = [topk.merge_sources([*sums, *(part for _, part in parts)])]
-    return tops[0], sums[0] if run.spec.corpus.source else SOURCES.empty_table()
+    return tops[0], sums[0]
 
 
 def _with_payload(run: Run, ranked: pa.Table, names: Sequence[str]) -> pa.Table:

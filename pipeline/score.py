@@ -147,7 +147,8 @@ class ShardScorer:
 
         from .engine import LossEngine
 
-        if missing := [query_id for query_id in run.query_ids if query_id not in run.committed_queries()]:
+        committed = run.committed_queries()
+        if missing := [query_id for query_id in run.query_ids if query_id not in committed]:
             raise ArtifactError(
                 f"{len(missing)} counterparts are not made yet, first {missing[0]!r}", "run stage tune first"
             )
@@ -210,9 +211,11 @@ class ShardScorer:
             tables[f"scores/{partition(query_id)}/{name}"] = scores
             valued = topk.with_value(scores, rank.transform, rank.eps)
             tops.append(topk.partial_topk(valued, rank.k, rank.transform))
-            sums.append(topk.source_sums(valued))
+            if self._run.spec.corpus.source is not None:
+                sums.append(topk.source_sums(valued))
         tables[f"partials/topk/{name}"] = pa.concat_tables(tops)
-        tables[f"partials/sources/{name}"] = pa.concat_tables(sums)
+        if sums:
+            tables[f"partials/sources/{name}"] = pa.concat_tables(sums)
         if examples.rejects:
             tables[f"rejects/{name}"] = _rejects_table(shard, examples.rejects)
         return {path: self._run.write_table(table, path) for path, table in tables.items()}

@@ -87,11 +87,12 @@ def run_without_ray(spec: Any, shard_order: Callable[[list], list] = list) -> Ru
     """Everything that workers do, in this process: freeze, tune, score."""
     run = freeze.freeze(spec)
     tuner = Tuner(run, "cpu")
+    made, done = run.committed_queries(), run.committed_ids()
     for query_id in run.query_ids:
-        if query_id not in run.committed_queries():
+        if query_id not in made:
             tuner.tune(query_id)
     scorer = ShardScorer(run, "cpu")
-    for shard in shard_order([shard for shard in run.shards if shard.shard_id not in run.committed_ids()]):
+    for shard in shard_order([shard for shard in run.shards if shard.shard_id not in done]):
         scorer.score(shard)
     return run
 

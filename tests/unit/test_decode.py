@@ -107,7 +107,7 @@ BAD = {
     "long text": ("1", "a" * 99, pa.string(), "float32", (), "'" + "a" * 59 + "..."),
     "text of lists without end": ("1", "[" * 100_000, pa.string(), "float32", (), "'" + "[" * 59 + "..."),
     "bytes that are no image": (png(GRAY), b"junk", None, "float32", (4, 5), "an image that cannot be decoded"),
-    "half an image": (png(GRAY), png(GRAY)[:60], None, "float32", (4, 5), "an image that cannot be decoded"),
+    "half an image": (png(GRAY), png(GRAY)[:45], None, "float32", (4, 5), "an image that cannot be decoded"),
     "no bytes": (png(GRAY), b"", None, "float32", (4, 5), "an image that cannot be decoded"),
     "a null image": (png(GRAY), None, None, "float32", (4, 5), "null"),
     "an image of another size": (png(GRAY), png(GRAY.T), None, "float32", (4, 5), "an image of 5x4"),
@@ -166,7 +166,7 @@ def test_sixteen_bit_gray_images_keep_their_scale():
     """A pixel of 16 bits is divided by 65,535, or its row rejected; it is never clipped to white."""
     pixels = np.arange(20, dtype=np.uint16).reshape(4, 5) * 3000
     array, bad = decoded([png(pixels)], column(shape=(4, 5)))
-    assert bad or (pixels / 65535).tolist() == pytest.approx(array[0].tolist(), abs=1 / 255)
+    assert bad or (pixels / 65535).ravel().tolist() == pytest.approx(array[0].ravel().tolist(), abs=1 / 255)
 
 
 def test_bytes_for_a_column_that_is_no_image_are_rejected():
@@ -175,6 +175,7 @@ def test_bytes_for_a_column_that_is_no_image_are_rejected():
     assert {0: "4 bytes"} == bad
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 200))
 def test_no_damage_to_an_image_stops_the_shard(changes, cut):

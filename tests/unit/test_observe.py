@@ -8,6 +8,10 @@ from pipeline import observe
 from pipeline.observe import Progress, duration, every, rate, say
 
 
+def fail(_):
+    raise RuntimeError("work")
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [(0, "0:00"), (0.4, "0:00"), (9, "0:09"), (59.6, "1:00"), (61, "1:01"), (3599.7, "1:00:00"), (90_061, "25:01:01")],
@@ -81,9 +85,9 @@ def test_thousands_are_grouped():
 
 def test_the_last_line_is_shown_even_when_the_work_fails(capsys):
     """A log ends with how far it came."""
-    with pytest.raises(RuntimeError, match="work"), Progress("score", 9, "shards") as progress:
-        progress.at(4)
-        raise RuntimeError("work")
+    progress = Progress("score", 9, "shards")
+    with pytest.raises(RuntimeError, match="work"), progress:
+        fail(progress.at(4))
     assert "4/9 shards" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -141,7 +141,7 @@ def test_a_write_that_fails_keeps_the_old_bytes_and_leaves_nothing_behind(tmp_pa
     """On a full disk readers go on seeing the old object, and no temporary file stays."""
     path = tmp_path / "object"
     storage.write_bytes(str(path), b"old")
-    with pytest.raises(StorageError, match="object: .*too large"):
+    with pytest.raises(StorageError, match=r"object: .*too large"):
         storage.write_bytes(str(path), b"new" * 1000)
     assert (b"old", ["object"]) == (path.read_bytes(), os.listdir(tmp_path))
 

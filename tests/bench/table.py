@@ -1,0 +1,62 @@
+"""How every benchmark reports: one table for people, one JSON file for machines; a bar that does not hold is shown."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+FOLDER = Path("build/bench")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure.
+
+    Args:
+        measure: What was measured, with its unit.
+        value: The figure.
+        bar: What it should reach, as `>= 0.8`; null where there is none.
+        holds: Whether it does; null without a bar.
+        conditions: Under what conditions it was measured.
+    """
+
+    measure: str
+    value: float
+    bar: str | None
+    holds: bool | None
+    conditions: str
+
+
+def at_least(measure: str, value: float, bar: float, conditions: str) -> Row:
+    """A figure that should not be under its bar."""
+    return Row(measure, round(value, 4), f">= {bar:g}", value >= bar, conditions)
+
+
+def figure(measure: str, value: float, conditions: str) -> Row:
+    """A figure without a bar."""
+    return Row(measure, round(value, 4), None, None, conditions)
+
+
+def machine() -> str:
+    """The hardware, for `conditions`."""
+    cores = torch.get_num_threads()
+    return f"{cores} cores, {platform.machine()}, torch {torch.__version__.split('+')[0]}, no GPU"
+
+
+def publish(target: str, rows: list[Row]) -> None:
+    """Print the table and write build/bench/<target>.json."""
+    table = Table(title=f"bench: {target}", title_justify="left", show_lines=True)
+    for name in ("measure", "value", "bar", "holds", "conditions"):
+        table.add_column(name)
+    for row in rows:
+        holds = "" if row.holds is None else ("yes" if row.holds else "NO")
+        table.add_row(row.measure, f"{row.value:,.4g}", row.bar or "", holds, row.conditions)
+    Console(width=150).print(table)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / f"{target}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
