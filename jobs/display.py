@@ -132,7 +132,7 @@ def _state(done: int, total: int) -> str:
 
 def show_fields(section: str | None) -> None:
     """Every field of the spec. Raises SpecError for a section that there is not."""
-    from pipeline.spec import unknown_word
+    from pipeline.choices import unknown_word
     from pipeline.specfile import sections_of
 
     sections = sections_of()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +21,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from . import storage
-from .errors import ArtifactError
+from .errors import ArtifactError, InputError, SpecError
 from .records import MANIFEST, Column, Receipt, Shard, manifest_shards, manifest_table
 from .spec import RankSection, Resolved, Spec
 from .specfile import dump_spec, parse_spec
 
 READING_THREADS = 16
+_COMMIT_NAME = re.compile(r"shard-(\d+)\.json")
 _COLUMNS_KEY = b"task_columns"
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -116,6 +118,8 @@ class Run:
     def counterpart_meta(self, query_id: str) -> dict[str, Any]:
         """A committed counterpart's meta.json. Raises InputError, ArtifactError (of another run, or damaged)."""
         meta = self.read_json("counterparts", partition(query_id), "meta.json")
+        if not isinstance(meta, dict) or ("fingerprint" in meta and "tensors" not in meta):
+            raise ArtifactError(f"{self.uri('counterparts', partition(query_id), 'meta.json')} is damaged")
         self._require_own(meta.get("fingerprint"), f"counterpart of query {query_id!r}")
         return dict(meta)
 
@@ -145,15 +149,23 @@ class Run:
 
     def committed_ids(self) -> set[int]:
         """Shards whose commit is there, by one listing."""
-        return {int(name[len("shard-") : -len(".json")]) for name in storage.names(self.uri("commits"))}
+        return {int(found[1]) for name in self._commit_names() if (found := _COMMIT_NAME.fullmatch(name))}
+
+    def _commit_names(self) -> list[str]:
+        return [name for name in storage.names(self.uri("commits")) if _COMMIT_NAME.fullmatch(name)]
 
     def receipts(self) -> list[Receipt]:
         """All commits, by shard. Raises ArtifactError for one of another run, or damaged."""
-        names = storage.names(self.uri("commits"))
-        receipts = [Receipt(**value) for value in parallel(lambda name: self.read_json("commits", name), names)]
+        receipts = parallel(self._receipt, self._commit_names())
         for receipt in receipts:
             self._require_own(receipt.fingerprint, f"commit of shard {receipt.shard_id}")
         return receipts
+
+    def _receipt(self, name: str) -> Receipt:
+        try:
+            return Receipt(**self.read_json("commits", name))
+        except TypeError as error:
+            raise ArtifactError(f"{self.uri('commits', name)} is damaged: {error}") from error
 
     def complete_receipts(self) -> list[Receipt]:
         """All commits of a fully scored run.
@@ -241,13 +253,19 @@ def open_run(run_uri: str) -> Run:
     if not is_run(run_uri):
         raise ArtifactError(f"{run_uri} holds no run (no run.yaml)", "give the run.uri of a spec that was run")
     origin = f"{run_uri}/run.yaml"
-    spec = parse_spec(yaml.safe_load(storage.read_bytes(origin)), origin=origin)
+    try:
+        spec = parse_spec(yaml.safe_load(storage.read_bytes(origin)), origin=origin)
+    except (yaml.YAMLError, SpecError) as error:
+        raise ArtifactError(f"{origin} is damaged: {error}") from error
     if spec.resolved is None:
         raise ArtifactError(f"{origin} has no `resolved` section: it was not written by a run")
     # The folder may have been moved: what it says of its own place does not count.
     spec = spec.model_copy(update={"run": spec.run.model_copy(update={"uri": run_uri})})
     bare = Run(spec, (), (), pa.table({"query_id": pa.array([], pa.string())}))
-    manifest, queries = bare.read_table("manifest.parquet"), bare.read_table("queries.parquet")
+    try:
+        manifest, queries = bare.read_table("manifest.parquet"), bare.read_table("queries.parquet")
+    except InputError as error:
+        raise ArtifactError(f"{run_uri} is incomplete: {error.message}") from error
     if manifest.schema.names != MANIFEST.names or _COLUMNS_KEY not in (manifest.schema.metadata or {}):
         raise ArtifactError(f"{run_uri}/manifest.parquet is not a manifest")
     columns = [

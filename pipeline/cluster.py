@@ -164,7 +164,9 @@ def as_pipeline_error(error: BaseException, stage: str) -> PipelineError:
         item = queue.pop(0)
         if item is None or item in seen:
             continue
-        if isinstance(item, PipelineError) and not isinstance(item, RayError):  # Ray dresses its own up as the cause's kind
+        if isinstance(item, PipelineError) and not isinstance(
+            item, RayError
+        ):  # Ray makes its own of the cause's kind too
             return item
         seen.append(item)
         queue += [getattr(item, "cause", None), item.__cause__, item.__context__]

@@ -14,20 +14,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from . import storage
+from .choices import unknown_word
 from .decode import decode, type_problem
 from .errors import InputError, SpecError
 from .extensions import load_format
 from .formats.base import Format, relative_path
 from .plan import make_shards
 from .records import Column, Measured, Reject, Shard, SourceFile
-from .spec import CorpusSection, QueriesSection, unknown_word
+from .spec import CorpusSection, QueriesSection
 
 LISTING_THREADS = 16
 MAX_DUPLICATES_SHOWN = 5
 WHOLE_FILE_ROWS = 1 << 62
 SUFFIXES = {
     ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv",
-    ".png": "image_folder", ".jpg": "image_folder", ".jpeg": "image_folder",
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "image_folder"),
 }  # fmt: skip
 
 
@@ -113,8 +114,8 @@ class Corpus:
         ids, sources = self.section.example_id, self.section.source
         named = [name for column in columns for name in column.columns] + [name for name in (ids, sources) if name]
         rows = self._format.read(shard, list(dict.fromkeys(named)))
-        id_N = _as_text(rows.table[ids]) if ids else self._made_ids(shard, rows.row_N)
-        source_N = _as_text(rows.table[sources]) if sources else pa.nulls(len(rows.table), pa.string())
+        id_N = _as_text(rows.table, ids) if ids else self._made_ids(shard, rows.row_N)
+        source_N = _as_text(rows.table, sources) if sources else pa.nulls(len(rows.table), pa.string())
         arrays, good_N, rejects = decode(rows.table, rows.row_N, columns)
         position = {int(row): i for i, row in enumerate(rows.row_N)} if rejects else {}
         rejects = [replace(reject, example_id=id_N[position[reject.row]].as_py()) for reject in rejects]
@@ -176,13 +177,13 @@ class Corpus:
 
     def _ids(self, shards: Sequence[Shard], name: str) -> Iterator[tuple[Shard, pa.Array]]:
         for shard in shards:
-            yield shard, _as_text(self._format.read(shard, [name]).table[name])
+            yield shard, _as_text(self._format.read(shard, [name]).table, name)
 
     def _places(self, shards: Sequence[Shard], name: str, wanted: set[str]) -> dict[str, list[str]]:
         places: dict[str, list[str]] = {}
         for shard in shards:
             rows = self._format.read(shard, [name])
-            for row, value in zip(rows.row_N, _as_text(rows.table[name]).to_pylist(), strict=True):
+            for row, value in zip(rows.row_N, _as_text(rows.table, name).to_pylist(), strict=True):
                 if value in wanted and len(places.setdefault(value, [])) < 2:
                     places[value].append(f"{shard.path} row {row}")
         return places
@@ -242,6 +243,8 @@ def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Se
     tables = []
     for file in reader.files(section.uri):
         measured = reader.measure(file)
+        if not measured.rows:
+            continue
         check_columns(measured, columns, {"queries.query_id": [id_column]})
         for shard in make_shards([measured], WHOLE_FILE_ROWS):
             rows = reader.read(shard, list(measured.columns))
@@ -250,12 +253,12 @@ def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Se
                 raise InputError(
                     f"query row {reject.row} of {file.path}: column {reject.column}: got {reject.got}, expected {reject.expected}"
                 )
-            id_N = _as_text(rows.table[id_column])
+            id_N = _as_text(rows.table, id_column)
             if id_N.null_count:
                 raise InputError(
-                    f"query row {rows.row_N[id_N.index(None).as_py()]} of {file.path}: {id_column} is null"
+                    f"query row {rows.row_N[id_N.is_null().index(True).as_py()]} of {file.path}: {id_column} is null"
                 )
-            rest = rows.table.drop_columns([id_column]) if id_column == "query_id" else rows.table
+            rest = rows.table.drop_columns(["query_id"]) if "query_id" in rows.table.column_names else rows.table
             tables.append(rest.add_column(0, "query_id", id_N))
     if not tables:
         raise InputError(f"queries {section.uri}: no rows", "a query is one or more rows that share a query_id")
@@ -293,9 +296,12 @@ def require_free_names(names: Sequence[str], taken: Sequence[str]) -> None:
         )
 
 
-def _as_text(values: pa.ChunkedArray) -> pa.Array:
-    array = values.combine_chunks()
-    return array if pa.types.is_string(array.type) else array.cast(pa.string())
+def _as_text(table: pa.Table, name: str) -> pa.Array:
+    array = table[name].combine_chunks()
+    try:
+        return array if pa.types.is_string(array.type) else array.cast(pa.string())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise InputError(f"column {name!r} of type {array.type} cannot be read as text: {error}") from error
 
 
 def _suffix(path: str) -> str:

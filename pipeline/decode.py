@@ -73,7 +73,10 @@ def _values(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str
         fits_N = np.zeros(len(values), bool)
     else:
         bad = {int(np.flatnonzero(fits_N)[i]): got for i, got in _not_numbers(dense, column).items()}
-        out[fits_N] = np.where(np.isfinite(dense), dense, 0) if bad else dense
+        if bad:
+            dense = dense.copy()
+            dense[[row for row, i in enumerate(np.flatnonzero(fits_N)) if int(i) in bad]] = 0
+        out[fits_N] = dense
     for i in np.flatnonzero(~fits_N):
         try:
             out[i] = _one(values[int(i)].as_py(), column).reshape(-1)
@@ -113,11 +116,15 @@ def _dense(values: pa.Array, size: int) -> np.ndarray | None:
 
 def _not_numbers(dense: np.ndarray, column: Column) -> dict[int, str]:
     """Rows of [N, size] with a value that the column's dtype cannot hold."""
-    if dense.dtype.kind != "f":
-        return {}
-    fine = np.isfinite(dense)
     if column.dtype.startswith("int"):
-        fine &= dense == np.floor(dense)
+        limits = np.iinfo(column.dtype)
+        fine = (dense >= limits.min) & (dense < 2.0**63 if dense.dtype.kind == "f" else dense <= limits.max)
+        if dense.dtype.kind == "f":
+            fine &= dense == np.floor(dense)
+    elif dense.dtype.kind == "f":
+        fine = np.abs(dense) <= np.finfo(column.dtype).max  # false for NaN and infinities
+    else:
+        return {}
     rows = np.flatnonzero(~fine.all(axis=1))
     return {int(i): _misfit(dense[i], int(np.argmin(fine[i]))) for i in rows}
 
@@ -138,7 +145,7 @@ def _one(value: Any, column: Column) -> np.ndarray:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(_shorten(repr(shown))) from None
     try:
         array = np.asarray(value)
@@ -162,6 +169,8 @@ def _image(data: bytes, column: Column) -> np.ndarray:
     gray = len(column.shape) == 2 or column.shape[0] == 1
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip 16 bits to 8
+                raise ValueError(f"an image of mode {image.mode}, not 8 bits per channel")
             pixels = np.asarray(image.convert("L" if gray else "RGB"), np.float32) / 255
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"an image that cannot be decoded ({type(error).__name__}, {len(data)} bytes)") from None

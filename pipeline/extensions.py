@@ -5,16 +5,13 @@ One mechanism serves tasks, producers, loaders and formats; the folders' `__init
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from . import formats, loaders, producers, tasks
-from .errors import ClusterError, ContractError, PipelineError
+from .choices import ModelSection, ProducerSection, TaskSection
 from .formats.base import Format
 from .importing import construct
-from .spec import ModelSection, ProducerSection, TaskSection
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -54,23 +51,3 @@ def load_model(section: ModelSection, device: str, seed: int) -> Module:
     """
     loader = cast("Loader", construct(section.implementation, loaders.BUILTIN, section.keywords, "model"))
     return loader.load(device=device, seed=seed)
-
-
-@contextmanager
-def user_code(what: str) -> Iterator[None]:
-    """Around code of a model, task or producer: whatever it raises says what was being done.
-
-    Raises:
-        ClusterError: The accelerator's memory is too small.
-        ContractError: Anything else that is not one of our own errors.
-    """
-    try:
-        yield
-    except PipelineError:
-        raise
-    except Exception as error:  # user code may raise anything; it is named and passed on
-        kind = type(error).__name__
-        if kind == "OutOfMemoryError":
-            raise ClusterError(f"{what}: {error}", "lower score.batch_rows, or give the worker a larger GPU") from error
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise ContractError(f"{what}: {kind}: {error} (at {place.filename}:{place.lineno}, {place.name})") from error

@@ -27,7 +27,7 @@ from .specfile import changed_fields
 
 PACKAGES = ("mirrorscope", "torch", "ray", "pyarrow")
 MAX_CHANGES_SHOWN = 8
-MAX_QUERY_ID_CHARS = 200
+MAX_NAME_CHARS = 255
 
 
 def freeze(spec: Spec) -> Run:
@@ -67,10 +67,11 @@ def _survey(spec: Spec) -> Run:
     corpus = Corpus(spec.corpus)
     measured = corpus.measure(corpus.list_files(), columns)
     queries = read_queries(spec.queries, columns, corpus.resolved.classes)
-    for query_id in queries["query_id"].to_pylist():
-        if not 0 < len(query_id) <= MAX_QUERY_ID_CHARS:
+    for query_id in dict.fromkeys(queries["query_id"].to_pylist()):
+        if not query_id or len(artifacts.partition(query_id)) > MAX_NAME_CHARS:
             raise InputError(
-                f"query_id {query_id!r}: got {len(query_id)} characters, expected 1 to {MAX_QUERY_ID_CHARS}"
+                f"query_id {query_id!r}: got {len(query_id)} characters, expected 1 or more, and a folder name of at most "
+                f"{MAX_NAME_CHARS} (it would be {artifacts.partition(query_id)[:40]}...)"
             )
     rows_each = shard_rows(spec, sum(one.rows for one in measured))
     shards = make_shards(measured, rows_each)

@@ -21,7 +21,8 @@ from .artifacts import Run, open_run, partition
 from .cluster import Watchdog, bounded_retries, errors_of, require, room
 from .corpus import Corpus, Examples
 from .errors import ArtifactError, InputError
-from .extensions import load_model, load_task, user_code
+from .extensions import load_model, load_task
+from .importing import user_code
 from .observe import Progress
 from .records import REJECTS, SCORES, Receipt, Reject, Shard
 

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from . import storage
+from .choices import Section, unknown_word
 from .errors import SpecError
-from .spec import Section, Spec, unknown_word
+from .spec import Spec
 
 
 def load_spec(uri: str, overrides: Sequence[str] = ()) -> Spec:
@@ -53,7 +54,9 @@ def parse_spec(tree: Any, overrides: Sequence[str] = (), origin: str = "spec") -
 
 def dump_spec(spec: Spec) -> str:
     """A Spec as YAML that loads to an equal Spec."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        spec.model_dump(mode="json"), sort_keys=False, width=120
+    )  # escapes: raw, YAML loses some line breaks
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

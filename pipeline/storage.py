@@ -81,23 +81,31 @@ def write_bytes(uri: str, data: bytes) -> None:
     Readers see the old bytes or the new ones, never a part. Raises StorageError.
     """
     fs, path = locate(uri)
-    with mapped(uri):
-        if not isinstance(fs, LocalFileSystem):
-            fs.pipe_file(path, data)
-            return
-        folder, name = os.path.split(path)
-        os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+    try:
+        with mapped(uri):
+            _write(fs, path, data)
+    except InputError as error:  # "no such file" means something else where one is to be made
+        raise StorageError(f"{uri} cannot be written: {error.__cause__}") from error
+
+
+def _write(fs: Any, path: str, data: bytes) -> None:
+    """Write whole, or leave what was there."""
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, data)
+        return
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
 
 
 def names(uri: str) -> list[str]:

@@ -17,7 +17,8 @@ from .artifacts import Run, open_run
 from .cluster import errors_of, require
 from .corpus import decode_queries
 from .errors import NumericsError, PipelineError
-from .extensions import load_model, load_producer, load_task, user_code
+from .extensions import load_model, load_producer, load_task
+from .importing import user_code
 from .observe import Progress, every
 from .storage import remove_folder
 

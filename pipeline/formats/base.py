@@ -51,6 +51,11 @@ def relative_path(path: str, uri: str) -> str:
     return storage.locate(path)[1].removeprefix(corpus_root(uri)).lstrip("/")
 
 
+def _hidden(name: str, root: str) -> bool:
+    below = name.removeprefix(root).strip("/")
+    return any(part[0] in "._" for part in below.split("/"))
+
+
 def find_files(uri: str, suffixes: Collection[str]) -> list[SourceFile]:
     """Files with one of the suffixes under a folder, matching a glob, or the one file named; sorted by path.
 
@@ -64,6 +69,7 @@ def find_files(uri: str, suffixes: Collection[str]) -> list[SourceFile]:
             found = {path: fs.info(path)}
         else:
             found = fs.find(path, detail=True)
+    root = corpus_root(uri)
     files = [
         SourceFile(
             path=name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name),
@@ -71,7 +77,7 @@ def find_files(uri: str, suffixes: Collection[str]) -> list[SourceFile]:
             version=storage.version(info),
         )
         for name, info in sorted(found.items())
-        if info["type"] == "file" and name.rsplit("/", 1)[-1][0] not in "._" and name.lower().endswith(tuple(suffixes))
+        if info["type"] == "file" and not _hidden(name, root) and name.lower().endswith(tuple(suffixes))
     ]
     if not files:
         there = "no file there" if not found else f"{len(found)} other file(s) there"

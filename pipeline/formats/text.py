@@ -20,6 +20,8 @@ from ..errors import InputError
 from ..records import Measured, Reject, Rows, Shard, SourceFile
 from .base import find_files
 
+csv.field_size_limit(1 << 30)  # the text of an image is longer than the module's own 128 KiB
+
 STRIDE = 256
 """Rows between two recorded byte offsets: a shard reads at most this many rows that are not its own."""
 LOOK_ROWS = 100
@@ -79,7 +81,8 @@ def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
+        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+        return pa.array(texts, pa.string())
 
 
 def _show(record: bytes) -> str:
@@ -120,7 +123,9 @@ class JsonLines:
     def _parse(row: int, record: bytes) -> dict[str, Any] | Reject:
         try:
             value = json.loads(record)
-        except ValueError:  # malformed JSON, or bytes that are not UTF-8
+            if b"\\ud" in record.lower():  # half a surrogate pair is JSON, but no text
+                json.dumps(value, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):  # malformed JSON, or bytes that are not UTF-8
             value = None
         return value if isinstance(value, dict) else Reject(row, "(row)", _show(record), "a JSON object")
 
@@ -160,9 +165,11 @@ class Csv:
     @staticmethod
     def _parse(header: list[str], row: int, record: bytes) -> dict[str, Any] | Reject:
         try:
-            values = next(csv.reader(io.StringIO(record.decode("utf-8"), newline="")))
+            values, *more = csv.reader(io.StringIO(record.decode("utf-8"), newline=""))
         except (UnicodeDecodeError, csv.Error):
             return Reject(row, "(row)", _show(record), "CSV in UTF-8")
+        if any(more):
+            return Reject(row, "(row)", f"a stray quote: {_show(record)}", "quotes around whole values only")
         if len(values) != len(header):
             return Reject(row, "(row)", f"{len(values)} values: {_show(record)}", f"{len(header)} values")
         return {name: value or None for name, value in zip(header, values, strict=True)}

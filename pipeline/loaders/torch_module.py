@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,12 @@ from .. import storage
 from ..errors import ContractError, InputError
 from ..importing import construct
 from .base import load_weights
+
+UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
+    struct.error, OverflowError, MemoryError, OSError,
+)  # fmt: skip
+"""What torch.load raises on damaged bytes, found by changing them at random."""
 
 
 class TorchModule:
@@ -59,9 +66,9 @@ def read_weights(uri: str) -> dict[str, Tensor]:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise InputError(f"weights {uri} cannot be read as safetensors: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
         raise InputError(
-            f"weights {uri} cannot be read as tensors only: {str(error).splitlines()[0]}",
+            f"weights {uri} cannot be read as tensors only: {next(iter(str(error).splitlines()), type(error).__name__)}",
             "save model.state_dict() with safetensors.torch.save_file",
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

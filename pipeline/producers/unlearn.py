@@ -46,7 +46,7 @@ class Unlearn(Steps):
         self, base: nn.Module, task: Task, batch: Batch, seed: int
     ) -> tuple[dict[str, Tensor], dict[str, float | str]]:
         """The batch, or a noisy one whose loss is large enough to have a gradient."""
-        if self._half_loss(base, task, batch) >= self.noise_below:
+        if not self._half_loss(base, task, batch) < self.noise_below:  # NaN too: the steps say what is wrong
             return dict(batch), {}
         if not any(value.is_floating_point() for value in batch.values()):
             raise ContractError(

@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -170,10 +171,7 @@ def fixed_cost(world: World) -> list[Row]:
     tuned_s = sum(run.counterpart_meta(query_id)["seconds"] for query_id in run.query_ids)
     scored_s = sum(receipt.compute_s for receipt in run.receipts())
     compute_s = {"tune: Ray Train start and stop": tuned_s, "score: Ray Data and actors start": scored_s}
-    parts = {
-        name: at - before - compute_s.get(name, 0.0)
-        for (_, before), (name, at) in zip(marks[:-1], marks[1:], strict=True)
-    }
+    parts = {name: at - before - compute_s.get(name, 0.0) for (_, before), (name, at) in pairwise(marks)}
     taken_off = f"compute taken off: {tuned_s:.2f} s tuning, {scored_s:.2f} s scoring"
     same = f"{FIXED_ROWS:,} digits, 1 query, embedded Ray; {taken_off}; {machine()}"
     rows = [figure("fixed cost of a run (s)", sum(parts.values()), same)]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline import loaders, spec
+from pipeline import choices, loaders
 from pipeline.errors import ContractError, InputError, SpecError
 from pipeline.extensions import load_model
 from pipeline.loaders.base import MAX_NAMES_SHOWN, load_weights
@@ -29,7 +29,7 @@ def no_module():
 
 HERE = "tests.contract.test_loaders"
 SECTIONS = {
-    "torch_module": lambda **fields: spec.TorchModule(**{"factory": f"{HERE}:mlp", **fields}),
+    "torch_module": lambda **fields: choices.TorchModule(**{"factory": f"{HERE}:mlp", **fields}),
 }
 """Loader -> its section over `mlp`, with fields changed."""
 SAVES = {

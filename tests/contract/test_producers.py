@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from pipeline import producers
+from pipeline.choices import PAPER, ClassificationTask, Finetune, Unlearn
 from pipeline.engine import LossEngine
 from pipeline.errors import ContractError, NumericsError
 from pipeline.extensions import load_producer, load_task
 from pipeline.records import Column
-from pipeline.spec import PAPER, ClassificationTask, Finetune, Unlearn
 
 FEATURES, CLASSES = 4, 3
 TASK = load_task(ClassificationTask(shape=[FEATURES]))

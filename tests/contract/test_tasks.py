@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline import tasks
+from pipeline.choices import ClassificationTask
 from pipeline.errors import ContractError, SpecError
 from pipeline.extensions import load_task
-from pipeline.spec import ClassificationTask
 from tests.unit.test_spec import parse
 
 CLASSES = 3

@@ -4,8 +4,8 @@ import os
 import signal
 from pathlib import Path
 
+from pipeline.choices import Unlearn as Section
 from pipeline.producers.unlearn import Unlearn
-from pipeline.spec import Unlearn as Section
 from pipeline.tasks.classification import Classification
 
 

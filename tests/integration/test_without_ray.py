@@ -42,7 +42,7 @@ def test_the_same_spec_gives_the_same_bytes(make_spec):
     assert score_bytes(first) == score_bytes(second)
 
 
-@pytest.mark.parametrize("shard_rows", [1, 17, 50, 1000])
+@pytest.mark.parametrize("shard_rows", [7, 17, 50, 1000])
 def test_scores_do_not_depend_on_the_shard_size(make_spec, shard_rows):
     """Other shards, in another order: every loss and score is the same to the bit."""
     ours = run_without_ray(make_spec(f"score.shard_rows={shard_rows}"), shard_order=lambda shards: shards[::-1])
@@ -81,7 +81,7 @@ def test_a_rerun_does_only_what_is_missing(make_spec):
 def test_a_changed_spec_is_refused_naming_the_field(make_spec):
     """A run folder belongs to one spec; the refusal says which field differs."""
     freeze.freeze(make_spec())
-    with pytest.raises(ArtifactError, match=r"producer\.lr: 0\.03 -> 0\.7"):
+    with pytest.raises(ArtifactError, match=r"producer\.lr: 0\.01 -> 0\.7"):
         freeze.freeze(make_spec("producer.lr=0.7"))
     with pytest.raises(ArtifactError, match=r"seed: 0 -> 5"):
         freeze.freeze(make_spec("seed=5"))

@@ -6,11 +6,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from jobs.digits import load_digits
+from pipeline.choices import Finetune as FinetuneSection
+from pipeline.choices import Unlearn as UnlearnSection
 from pipeline.engine import LossEngine
 from pipeline.producers.finetune import Finetune
 from pipeline.producers.unlearn import Unlearn
-from pipeline.spec import Finetune as FinetuneSection
-from pipeline.spec import Unlearn as UnlearnSection
 from tests.truth.setup import TASK, TRAIN_ROWS, Fitted, duplicates, fit, score
 
 QUERIES = 200

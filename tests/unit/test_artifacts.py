@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.artifacts import is_run, open_run, partition
 from pipeline.errors import ArtifactError, InputError
-from pipeline.freeze import MAX_QUERY_ID_CHARS, freeze
+from pipeline.freeze import freeze
 from pipeline.records import Receipt
 from pipeline.spec import RankSection
 from pipeline.storage import bytes_digest
@@ -314,7 +314,7 @@ def test_a_partition_is_one_folder_name_that_says_its_query(query_id):
 @pytest.mark.parametrize("letter", ["a", "ü", "名", "/"])
 def test_a_query_id_that_freezing_accepts_can_be_committed(make_spec, write_queries, letter):
     """An id too long for a folder's name is refused before any work; all others can be stored."""
-    query_id = letter * MAX_QUERY_ID_CHARS
+    query_id = letter * 200
     try:
         run = freeze(make_spec(f"queries.uri={write_queries([query_id])}"))
     except InputError as error:
@@ -324,11 +324,11 @@ def test_a_query_id_that_freezing_accepts_can_be_committed(make_spec, write_quer
         assert {query_id} == run.committed_queries()
 
 
-@pytest.mark.parametrize("query_id", ["", "a" * (MAX_QUERY_ID_CHARS + 1)], ids=["empty", "long"])
+@pytest.mark.parametrize("query_id", ["", "a" * 256], ids=["empty", "long"])
 def test_query_ids_that_make_no_folder_name_are_refused(make_spec, write_queries, query_id):
     """Nothing is written for an empty id, or one that is too long."""
     spec = make_spec(f"queries.uri={write_queries(['fine', query_id])}")
-    with pytest.raises(InputError, match=rf"query_id .*got {len(query_id)} characters, expected 1 to 200"):
+    with pytest.raises(InputError, match=rf"query_id .*got {len(query_id)} characters, expected 1 or more"):
         freeze(spec)
     assert not is_run(spec.run.uri)
 

@@ -6,7 +6,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.records import SCORES
@@ -56,6 +56,7 @@ def test_the_order_is_value_then_example_id(pairs, k):
         assert list(range(1, len(got) + 1)) == [row["rank"] for row in got]
 
 
+@settings(max_examples=30, deadline=None)
 @given(rows, st.lists(st.integers(0, 60), max_size=4))
 def test_merged_source_sums_equal_the_whole(pairs, cuts):
     """Counts, tops and (to rounding) sums per source do not depend on how the rows were cut."""
