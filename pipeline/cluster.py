@@ -56,15 +56,29 @@ def _start_embedded() -> None:
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else its C++ core talks between the progress lines
-    ray.init(
-        address="local",
-        num_cpus=(os.cpu_count() or 1) + 1,  # one more than there are, for Ray's own tasks beside the workers
-        include_dashboard=False,
-        object_store_memory=EMBEDDED_STORE_BYTES,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env=_environment(),
-    )
+    with _silent_stderr():  # and it says that it was asked to be quiet
+        ray.init(
+            address="local",
+            num_cpus=(os.cpu_count() or 1) + 1,  # one more than there are, for Ray's own tasks beside the workers
+            include_dashboard=False,
+            object_store_memory=EMBEDDED_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env=_environment(),
+        )
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what native code writes to standard error in the block; exceptions still tell what went wrong."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def _environment() -> dict[str, dict[str, str]]:

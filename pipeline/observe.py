@@ -45,7 +45,7 @@ class Progress:
     def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
         self._stage, self._total, self._unit = stage, total, unit
         self._before, self.done, self._examples = done, done, 0
-        self._start_s, self._shown_s = time.monotonic(), 0.0
+        self._start_s, self._shown_s, self._shown_done = time.monotonic(), 0.0, -1
         self._live = sys.stderr.isatty()
 
     def __enter__(self) -> Progress:
@@ -53,7 +53,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._show(last=True)
+        if self._live or self._shown_done != self.done:
+            self._show(last=True)
 
     def advance(self, examples: int = 0) -> None:
         """One more is done, with so many examples."""
@@ -80,7 +81,7 @@ class Progress:
         return "  ".join(part for part in parts if part)
 
     def _show(self, last: bool = False) -> None:
-        self._shown_s = time.monotonic()
+        self._shown_s, self._shown_done = time.monotonic(), self.done
         if self._live:
             sys.stderr.write(f"\r\x1b[K{self.line()}" + ("\n" if last else ""))
             sys.stderr.flush()

@@ -69,9 +69,8 @@ def test_ascent_and_descent_mirror_each_other():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("transform", "top1", "top5"),
-    # Measured .09 / .30 and .165 / .47; METHOD's release row is .10 / .22 and .15 / .32 on an MLP and 60 queries. A share of
-    # .10 among 200 queries has a standard error of .02.
-    [("absolute", 0.08, 0.22), ("relative", 0.15, 0.32)],
+    # METHOD's release row; measured here .12 / .31 and .19 / .40.
+    [("absolute", 0.10, 0.22), ("relative", 0.15, 0.32)],
 )
 def test_the_papers_step_finds_copies_as_the_release_does(cnn, transform, top1, top5):
     """Truth 5, the release's row: one Adam step of 5e-3 on the doubled query, over 200 copies among 1,000 digits."""
@@ -90,10 +89,10 @@ def test_the_whole_preset_finds_copies_far_more_often_than_chance(cnn):
 
 @pytest.mark.slow
 def test_the_default_finds_copies_best_of_the_ascents(cnn):
-    """Truth 5, the default under `relative`: measured .33 / .62, twice the release's step."""
+    """Truth 5, the default under `relative`: measured .33 / .59, well above the release's step."""
     found = duplicates(cnn, unlearn(), QUERIES, "relative")
     assert found["top1"] >= 0.28
-    assert found["top5"] >= 0.55
+    assert found["top5"] >= 0.52
     assert found["failed"] == 0
 
 
