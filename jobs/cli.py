@@ -77,15 +77,12 @@ def rank(
     eps: Annotated[float | None, typer.Option(min=1e-12, help="Added to the base loss by `relative`, in nats.")] = None,
 ) -> None:
     """Rank again with another k or transform, without scoring again."""
-    from pipeline.artifacts import open_run
     from pipeline.run import rerank
 
     from . import display
 
-    opened = open_run(run_uri)
     given = {"k": k, "transform": transform.value if transform else None, "eps": eps}
-    section = opened.spec.rank.model_copy(update={name: value for name, value in given.items() if value is not None})
-    display.show_run(rerank(opened, section))
+    display.show_run(rerank(run_uri, [f"rank.{name}={value}" for name, value in given.items() if value is not None]))
 
 
 @app.command()

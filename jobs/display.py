@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from pipeline import storage
 from pipeline.artifacts import Run
 from pipeline.errors import InputError, SpecError
 from pipeline.plan import Plan
+from pipeline.records import Receipt
 from pipeline.report import of, plain_payload
 
 SHOWN = 3
@@ -18,10 +21,9 @@ MIB = 1 << 20
 
 
 def console() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal."""
-    from rich import get_console
-
-    return get_console() if get_console().is_terminal else Console(width=140)
+    """Standard output; wide enough for the tables where it is not a terminal. Brackets in people's data stay brackets."""
+    found = Console(markup=False, highlight=False)
+    return found if found.is_terminal else Console(markup=False, highlight=False, width=140)
 
 
 def show_run(run: Run, query: str | None = None, top: int = SHOWN) -> None:
@@ -66,7 +68,7 @@ def _places(run: Run, out: Console) -> None:
     if storage.exists(run.uri("report", "contact_sheet.png")):
         out.print(f"picture        {run.uri('report', 'contact_sheet.png')}", soft_wrap=True)
     out.print(f"page           {run.uri('report', 'index.html')}", soft_wrap=True)
-    out.print("query them     " + duckdb_line(run), soft_wrap=True, markup=False, highlight=False)
+    out.print("query them     " + duckdb_line(run), soft_wrap=True)
 
 
 def duckdb_line(run: Run) -> str:
@@ -75,7 +77,7 @@ def duckdb_line(run: Run) -> str:
         f"FROM '{run.uri('scores')}/*/*.parquet' SELECT query_id, max(score), min(score), count(*) GROUP BY query_id "
         "ORDER BY query_id"
     )
-    return f'python -c "import duckdb; print(duckdb.sql(\\"{sql}\\"))"'
+    return f'{sys.executable} -c "import duckdb; print(duckdb.sql(\\"{sql}\\"))"'
 
 
 def show_plan(run: Run, plan: Plan) -> None:
@@ -117,11 +119,19 @@ def show_status(run: Run) -> None:
     table.add_row("tune", _state(queries, len(run.query_ids)), f"{queries:,} of {len(run.query_ids):,} counterparts")
     figures = f"{len(receipts):,} of {len(run.shards):,} shards, {scored:,} rows scored, {rejected:,} rejected"
     if receipts:
-        elapsed_s = max(r.finished_at_s for r in receipts) - min(r.started_at_s for r in receipts)
-        figures += f", {scored / max(elapsed_s, 1e-9):,.0f} examples/s from first to last commit"
+        figures += f", {scored / max(_busy_s(receipts), 1e-9):,.0f} examples/s while shards were worked on"
     table.add_row("score", _state(len(receipts), len(run.shards)), figures)
     table.add_row("rank", "done" if ranked else "not yet", "sealed: every row is scored or rejected" if sealed else "")
     console().print(table)
+
+
+def _busy_s(receipts: Sequence[Receipt]) -> float:
+    """Seconds in which at least one shard was worked on: a pause between two starts does not count."""
+    busy_s, until_s = 0.0, 0.0
+    for receipt in sorted(receipts, key=lambda one: one.started_at_s):
+        busy_s += max(0.0, receipt.finished_at_s - max(receipt.started_at_s, until_s))
+        until_s = max(until_s, receipt.finished_at_s)
+    return busy_s
 
 
 def _state(done: int, total: int) -> str:

@@ -23,14 +23,14 @@ import yaml
 from . import storage
 from .errors import ArtifactError, InputError, SpecError
 from .records import MANIFEST, Column, Receipt, Shard, manifest_shards, manifest_table
-from .spec import RankSection, Resolved, Spec
+from .spec import Resolved, Spec
 from .specfile import dump_spec, parse_spec
 
 READING_THREADS = 16
 _COMMIT_NAME = re.compile(r"shard-(\d+)\.json")
 _COLUMNS_KEY = b"task_columns"
 _Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+MAX_REJECTS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,6 @@ class Run:
         """URI of something in the run's folder."""
         return "/".join((self.spec.run.uri, *parts))
 
-    def with_rank(self, section: RankSection) -> Run:
-        """The run with another rank section, saved in its run.yaml."""
-        run = replace(self, spec=self.spec.model_copy(update={"rank": section}))
-        save_spec(run)
-        return run
-
     # --- tables and JSON -------------------------------------------------------------------------------------------
 
     def write_table(self, table: pa.Table, *parts: str) -> dict[str, Any]:
@@ -83,9 +77,19 @@ class Run:
         pq.write_table(table, buffer, compression="zstd")
         return self.write(buffer.getvalue(), *parts)
 
-    def read_table(self, *parts: str) -> pa.Table:
-        """Read a table. Raises InputError if it is not there, ArtifactError if it is damaged."""
+    def read_table(self, *parts: str, sha256: str | None = None) -> pa.Table:
+        """Read a table, against its digest where a commit says it.
+
+        Raises:
+            InputError: It is not there.
+            ArtifactError: It is damaged, or not what was committed.
+        """
         data = storage.read_bytes(self.uri(*parts))
+        if sha256 is not None and (got := storage.bytes_digest(data)) != sha256:
+            raise ArtifactError(
+                f"{self.uri(*parts)} is not what its commit says: got sha256 {got}, expected {sha256}",
+                "delete the shard's commit in commits/ and run again: the shard is then scored anew",
+            )
         try:
             return pq.ParquetFile(io.BytesIO(data)).read()
         except (pa.ArrowInvalid, OSError) as error:
@@ -167,11 +171,42 @@ class Run:
         except TypeError as error:
             raise ArtifactError(f"{self.uri('commits', name)} is damaged: {error}") from error
 
+    def read_shard(self, receipt: Receipt, path: str) -> pa.Table:
+        """A table that a commit names, by its path in the run's folder. Raises InputError, ArtifactError."""
+        if path not in receipt.files:
+            raise ArtifactError(f"commit of shard {receipt.shard_id} names no {path}")
+        return self.read_table(path, sha256=receipt.files[path]["sha256"])
+
+    def require_few_rejects(self, rejected: int) -> None:
+        """See that no more rows were rejected than the spec allows. Raises InputError, with the first of them."""
+        allowed = self.spec.score.max_reject_fraction
+        if rejected <= allowed * self.rows:
+            return
+        shown = "".join(f"\n  {line}" for line in self._first_rejects())
+        raise InputError(
+            f"{rejected:,} of {self.rows:,} rows could not be scored, allowed is a fraction of {allowed:g}; "
+            f"they are in {self.uri('rejects')}{shown}",
+            "mend the corpus and start a new run, or go on with --set score.max_reject_fraction=...",
+        )
+
+    def _first_rejects(self) -> list[str]:
+        for receipt in self.receipts():
+            if receipt.rejects:
+                rows = self.read_shard(receipt, f"rejects/shard-{receipt.shard_id:06d}.parquet").slice(
+                    0, MAX_REJECTS_SHOWN
+                )
+                return [
+                    f"{row['path']} row {row['row']}: {row['column']}: got {row['got']}, expected {row['expected']}"
+                    for row in rows.to_pylist()
+                ]
+        return []
+
     def complete_receipts(self) -> list[Receipt]:
         """All commits of a fully scored run.
 
         Raises:
             ArtifactError: A shard is not committed, or scored and rejected rows do not add up to the manifest's.
+            InputError: More rows were rejected than the spec allows.
         """
         receipts = self.receipts()
         if [receipt.shard_id for receipt in receipts] != [shard.shard_id for shard in self.shards]:
@@ -185,6 +220,7 @@ class Run:
                     f"commit of shard {shard.shard_id}: {receipt.rows} scored + {receipt.rejects} rejected rows, "
                     f"expected {shard.rows}"
                 )
+        self.require_few_rejects(sum(receipt.rejects for receipt in receipts))
         return receipts
 
     def read_ranked(self) -> tuple[pa.Table, dict[str, Any]]:

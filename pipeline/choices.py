@@ -28,6 +28,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _is_importable(name: str) -> bool:
+    module, colon, attribute = name.partition(":")
+    return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
 class Extension(Section):
     """A section that names an implementation: a built-in word, or `package.module:Class`."""
 
@@ -55,8 +60,7 @@ class Custom(Extension):
     @field_validator("name", "loader", check_fields=False)
     @classmethod
     def _importable_name(cls, value: str) -> str:
-        module, colon, attribute = value.partition(":")
-        if colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+        if _is_importable(value):
             return value
         raise ValueError(f"{unknown_word(value, cls.builtin)}; or your own: package.module:Class")
 
@@ -72,7 +76,7 @@ class TorchModule(Extension):
     selector: ClassVar[str] = "loader"
 
     loader: Literal["torch_module"] = "torch_module"
-    factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    factory: str
     """`package.module:function` that returns the module; its weights are then replaced by `weights_uri`."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the factory."""
@@ -80,6 +84,13 @@ class TorchModule(Extension):
     """State dict as safetensors, or as .pt of tensors only. Null: the factory returns the trained model itself."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """Compute dtype. Losses are float32 or better whatever it is; float32 keeps small differences visible."""
+
+    @field_validator("factory")
+    @classmethod
+    def _importable_factory(cls, value: str) -> str:
+        if not _is_importable(value):
+            raise ValueError(f"got {value!r}, expected package.module:function")
+        return value
 
 
 class CustomModel(Custom):

@@ -5,6 +5,7 @@ A row is addressed by its file and its position in it; with no id column that ad
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from .choices import unknown_word
 from .decode import decode, type_problem
 from .errors import InputError, SpecError
 from .extensions import load_format
-from .formats.base import Format, relative_path
+from .formats.base import Format, corpus_root, relative_path
 from .plan import make_shards
 from .records import Column, Measured, Reject, Shard, SourceFile
 from .spec import CorpusSection, QueriesSection
@@ -64,6 +65,7 @@ class Corpus:
     def __init__(self, section: CorpusSection) -> None:
         self.section = section
         self._format, self._name = open_format(section.uri, section.format, section.classes)
+        self._root = corpus_root(section.uri)
 
     @property
     def resolved(self) -> CorpusSection:
@@ -108,7 +110,7 @@ class Corpus:
         """Read and decode one shard.
 
         Raises:
-            InputError: The file changed since it was frozen, or cannot be read at all.
+            InputError: The file changed since it was frozen (of an image folder: an image is gone), or cannot be read at all.
         """
         self._check_unchanged(shard)
         ids, sources = self.section.example_id, self.section.source
@@ -140,7 +142,7 @@ class Corpus:
             )
 
     def _made_ids(self, shard: Shard, row_N: np.ndarray) -> pa.Array:
-        path = relative_path(shard.path, self.section.uri)
+        path = relative_path(shard.path, self._root)
         if shard.members is not None:
             return pa.array([f"{path}/{shard.members[row - shard.row_start]}" for row in row_N], pa.string())
         return pc.binary_join_element_wise(path, pa.array(row_N).cast(pa.string()), "#")
@@ -148,6 +150,11 @@ class Corpus:
     def payload(self, shard: Shard, rows: Sequence[int], names: Sequence[str]) -> pa.Table:
         """Payload columns of single rows of a shard, in the order asked. Raises InputError as `read` does."""
         self._check_unchanged(shard)
+        if shard.members is not None:  # each image is a file of its own
+            picked = [shard.members[row - shard.row_start] for row in rows]
+            return self._format.read(replace(shard, members=tuple(picked), rows=len(rows)), list(names)).table
+        if shard.byte_start is None:  # row groups between the first and the last
+            shard = replace(shard, row_start=min(rows), rows=max(rows) - min(rows) + 1)
         read = self._format.read(shard, list(names))
         return read.table.take(np.searchsorted(read.row_N, np.asarray(rows)))
 
@@ -204,7 +211,7 @@ def open_format(uri: str, name: str, classes: Sequence[str] | None) -> tuple[For
                 f"{uri}: files of {len(found)} formats ({', '.join(sorted(found))})", "say which with `format:`"
             )
         name = found.pop()
-    arguments = {"classes": classes} if name == "image_folder" else {}
+    arguments = {"uri": uri, "classes": classes} if name == "image_folder" else {}
     return load_format(name, arguments), name
 
 
@@ -239,6 +246,10 @@ def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Se
         InputError: Files, rows or ids are missing, or a row cannot be decoded: a query is never silently smaller.
     """
     reader, name = open_format(section.uri, section.format, classes)
+    if name == "image_folder" and classes is None:
+        raise InputError(
+            f"queries {section.uri}: folders of images have labels by position", "list corpus.classes in label order"
+        )
     id_column = section.query_id or ("path" if name == "image_folder" else "query_id")
     tables = []
     for file in reader.files(section.uri):
@@ -262,7 +273,28 @@ def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Se
             tables.append(rest.add_column(0, "query_id", id_N))
     if not tables:
         raise InputError(f"queries {section.uri}: no rows", "a query is one or more rows that share a query_id")
-    return pa.concat_tables(tables, promote_options="permissive")
+    return concat_rows(tables)
+
+
+def concat_rows(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables of the same columns as one; a column whose types do not agree (text formats guess them) as JSON text."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        names = list(dict.fromkeys(name for table in tables for name in table.column_names))
+        return pa.concat_tables([_agreeing(table, names, tables) for table in tables], promote_options="permissive")
+
+
+def _agreeing(table: pa.Table, names: Sequence[str], tables: Sequence[pa.Table]) -> pa.Table:
+    for name in names:
+        kinds = {str(other.schema.field(name).type) for other in tables if name in other.column_names} - {"null"}
+        if len(kinds) > 1 and name in table.column_names:
+            values = table[name].to_pylist()
+            texts = [
+                value if value is None or isinstance(value, str) else json.dumps(value, default=str) for value in values
+            ]
+            table = table.set_column(table.column_names.index(name), name, pa.array(texts, pa.string()))
+    return table
 
 
 def decode_queries(table: pa.Table, columns: Sequence[Column]) -> dict[str, dict[str, np.ndarray]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,8 +65,9 @@ def _column(table: pa.Table, column: Column) -> tuple[np.ndarray, dict[int, str]
 
 
 def _values(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str]]:
-    size = int(np.prod(column.shape, dtype=np.int64))
-    fits_N = _regular(values, size)
+    size = math.prod(column.shape)
+    values = _numbers_from_text(values, column, size)
+    fits_N = _regular(values, column, size)
     out = np.zeros((len(values), size), column.dtype)
     bad: dict[int, str] = {}
     dense = _dense(values.filter(pa.array(fits_N)) if not fits_N.all() else values, size)
@@ -79,29 +81,48 @@ def _values(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str
         out[fits_N] = dense
     for i in np.flatnonzero(~fits_N):
         try:
-            out[i] = _one(values[int(i)].as_py(), column).reshape(-1)
+            out[i] = decode_value(values[int(i)].as_py(), column).reshape(-1)
         except (ValueError, TypeError, OverflowError) as error:
             bad[int(i)] = str(error)
     return out.reshape(len(values), *column.shape), bad
 
 
-def _regular(values: pa.Array, size: int) -> np.ndarray:
-    """Mask [N] of rows that may be decoded together: valid numbers, or valid lists of the right length."""
-    if _is_list(values.type):
-        inner = _leaves(values.flatten())
-        lengths_N = pc.list_value_length(values).fill_null(-1).to_numpy(zero_copy_only=False)
-        return lengths_N * inner == size if inner is not None else np.zeros(len(values), bool)
-    valid_N = values.is_valid().to_numpy(zero_copy_only=False)
-    return np.asarray(valid_N & (size == 1 and not _no_number(values.type)), bool)
+def _numbers_from_text(values: pa.Array, column: Column, size: int) -> pa.Array:
+    """A text column (CSV knows no other) as numbers at once, if every value is one."""
+    if size != 1 or not pa.types.is_string(values.type):
+        return values
+    try:
+        return values.cast(pa.int64() if column.dtype.startswith("int") else pa.float64())
+    except pa.ArrowInvalid:
+        return values
 
 
-def _leaves(values: pa.Array) -> int | None:
-    """How many numbers each element holds, if all hold equally many."""
+def _regular(values: pa.Array, column: Column, size: int) -> np.ndarray:
+    """Mask [N] of rows that may be decoded together: valid numbers, or valid lists of the column's shape."""
     if not _is_list(values.type):
-        return 1
+        valid_N = values.is_valid().to_numpy(zero_copy_only=False)
+        return np.asarray(valid_N & (size == 1 and not _no_number(values.type)), bool)
+    inner = _inner_shape(values.flatten())
+    lengths_N = pc.list_value_length(values).fill_null(-1).to_numpy(zero_copy_only=False)
+    if inner is None:
+        return np.zeros(len(values), bool)
+    return np.isin(lengths_N, [length for length in np.unique(lengths_N) if _same_shape((int(length), *inner), column)])
+
+
+def _inner_shape(values: pa.Array) -> tuple[int, ...] | None:
+    """Shape that all elements have in common; null if they differ."""
+    if not _is_list(values.type):
+        return ()
     lengths = np.unique(pc.list_value_length(values).fill_null(-1).to_numpy(zero_copy_only=False))
-    inner = _leaves(values.flatten())
-    return int(lengths[0]) * inner if len(lengths) == 1 and lengths[0] >= 0 and inner is not None else None
+    inner = _inner_shape(values.flatten())
+    return (int(lengths[0]), *inner) if len(lengths) == 1 and lengths[0] >= 0 and inner is not None else None
+
+
+def _same_shape(shape: tuple[int, ...], column: Column) -> bool:
+    """Whether values of this shape are the column's: flat, or nested in the same order, where axes of 1 do not matter."""
+    if len(shape) <= 1:
+        return math.prod(shape) == math.prod(column.shape)
+    return [axis for axis in shape if axis != 1] == [axis for axis in column.shape if axis != 1]
 
 
 def _dense(values: pa.Array, size: int) -> np.ndarray | None:
@@ -133,8 +154,8 @@ def _misfit(values: np.ndarray, position: int) -> str:
     return f"{values[position]}" if values.size == 1 else f"{values[position]} at position {position}"
 
 
-def _one(value: Any, column: Column) -> np.ndarray:
-    """One row's value, whatever its form. Raises ValueError whose text says what was got."""
+def decode_value(value: Any, column: Column) -> np.ndarray:
+    """One row's value, whatever its form, as numbers of the column's size. Raises ValueError whose text says what was got."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # an image as Hugging Face stores it
         value = value["bytes"]
     if value is None:
@@ -143,21 +164,28 @@ def _one(value: Any, column: Column) -> np.ndarray:
         return _image(value, column)
     shown = value
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise ValueError(_shorten(repr(shown))) from None
+        value = _parsed(value)
     try:
         array = np.asarray(value)
     except ValueError:  # ragged
         raise ValueError(f"ragged lists {_shorten(repr(shown))}") from None
     if array.dtype.kind not in "iufb":
         raise ValueError(_shorten(repr(shown)))
-    if array.size != np.prod(column.shape, dtype=np.int64):
+    if not _same_shape(array.shape, column):
         raise ValueError(f"{'x'.join(map(str, array.shape)) or '1'} values")
     if misfits := _not_numbers(array.reshape(1, -1), column):
         raise ValueError(misfits[0])
     return array
+
+
+def _parsed(text: str) -> Any:
+    """Text as a number or as JSON. Raises ValueError."""
+    for parse in (int, float, json.loads):
+        try:
+            return parse(text)
+        except (ValueError, RecursionError):
+            continue
+    raise ValueError(_shorten(repr(text)))
 
 
 def _image(data: bytes, column: Column) -> np.ndarray:
@@ -196,7 +224,7 @@ def type_problem(kind: pa.DataType, column: Column) -> str:
     leaf, depth = kind, 0
     while _is_list(leaf):
         leaf, depth = leaf.value_type, depth + 1
-    size = int(np.prod(column.shape)) if len(column.columns) == 1 else 1
+    size = math.prod(column.shape) if len(column.columns) == 1 else 1
     if pa.types.is_null(leaf):  # text formats know no types
         fits = True
     elif _no_number(leaf):

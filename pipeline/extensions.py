@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from . import formats, loaders, producers, tasks
 from .choices import ModelSection, ProducerSection, TaskSection
 from .formats.base import Format
-from .importing import construct
+from .importing import construct, user_code
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -49,5 +49,10 @@ def load_model(section: ModelSection, device: str, seed: int) -> Module:
         InputError: The weights cannot be read.
         ContractError: The weights do not fit the model.
     """
-    loader = cast("Loader", construct(section.implementation, loaders.BUILTIN, section.keywords, "model"))
-    return loader.load(device=device, seed=seed)
+    with user_code(f"model: {section.implementation}"):
+        return load_loader(section).load(device=device, seed=seed)
+
+
+def load_loader(section: ModelSection) -> Loader:
+    """The loader a spec names, without its model. Raises SpecError."""
+    return cast("Loader", construct(section.implementation, loaders.BUILTIN, section.keywords, "model"))

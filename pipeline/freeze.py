@@ -17,8 +17,8 @@ from . import artifacts, storage
 from .artifacts import Run, is_run, open_run
 from .corpus import Corpus, open_format, payload_names, read_queries, require_free_names
 from .errors import ArtifactError, InputError
-from .extensions import load_task
-from .formats.base import relative_path
+from .extensions import load_loader, load_producer, load_task
+from .formats.base import corpus_root, relative_path
 from .observe import say
 from .plan import Plan, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
 from .records import RANKED, Shard, SourceFile
@@ -55,15 +55,22 @@ def survey(spec: Spec) -> tuple[Run, Plan]:
 
 def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
     """The run of a spec, and whether it was there before."""
-    resumed = is_run(storage.absolute(spec.run.uri))
+    resumed = _is_begun(storage.absolute(spec.run.uri))
     run = _reopen(spec) if resumed else _survey(spec)
     require_free_names(payload_names(run.spec.corpus, run.columns), RANKED.names)
     return run, resumed
 
 
+def _is_begun(run_uri: str) -> bool:
+    """Whether a run there has committed anything; one that has not is frozen again, so a mended spec can have its folder."""
+    return is_run(run_uri) and any(storage.names(f"{run_uri}/{folder}") for folder in ("counterparts", "commits"))
+
+
 def _survey(spec: Spec) -> Run:
     """The run that a spec describes, from its inputs alone."""
     columns = load_task(spec.task).columns()
+    load_producer(spec.producer)
+    load_loader(spec.model)
     corpus = Corpus(spec.corpus)
     measured = corpus.measure(corpus.list_files(), columns)
     queries = read_queries(spec.queries, columns, corpus.resolved.classes)
@@ -73,7 +80,7 @@ def _survey(spec: Spec) -> Run:
                 f"query_id {query_id!r}: got {len(query_id)} characters, expected 1 or more, and a folder name of at most "
                 f"{MAX_NAME_CHARS} (it would be {artifacts.partition(query_id)[:40]}...)"
             )
-    rows_each = shard_rows(spec, sum(one.rows for one in measured))
+    rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)
     resolved = _resolve(spec, corpus, rows_each)
     digests = _digests(resolved, shards)
@@ -102,7 +109,8 @@ def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
 def _digests(spec: Spec, shards: Sequence[Shard]) -> dict[str, str]:
     reader, _ = open_format(spec.queries.uri, spec.queries.format, spec.corpus.classes)
     contents = [digest for file in reader.files(spec.queries.uri) for digest in _content_digests(file)]
-    relative = {path: relative_path(path, spec.corpus.uri) for path in {shard.path for shard in shards}}
+    root = corpus_root(spec.corpus.uri)
+    relative = {path: relative_path(path, root) for path in {shard.path for shard in shards}}
     digests = {
         "queries": storage.bytes_digest("\n".join(contents).encode()),
         "corpus": corpus_digest(shards, relative),
@@ -152,7 +160,7 @@ def _reopen(spec: Spec) -> Run:
             f"{run.uri()} was made by another spec:\n{shown}",
             "use another run.uri for the changed spec, or undo the change",
         )
-    _warn_versions(run)
+    _warn(run, spec)
     spec_now = wanted.model_copy(update={"resolved": run.spec.resolved})
     run_now = replace(run, spec=spec_now)
     if spec_now != run.spec:  # fields that move no score: how many workers, how deep to rank
@@ -180,7 +188,14 @@ def _require_same_files(run: Run, corpus: Corpus) -> None:
         )
 
 
-def _warn_versions(run: Run) -> None:
+def _warn(run: Run, spec: Spec) -> None:
+    """Say what may round differently from what is committed already."""
+    for stage in ("tune", "score"):
+        before, after = getattr(run.spec.resources, stage), getattr(spec.resources, stage)
+        if (int(before.cpus), before.gpus > 0) != (int(after.cpus), after.gpus > 0):
+            say(
+                f"warning: {run.uri()} was begun with other workers for {stage} (threads or device): last bits may differ"
+            )
     now = _versions()
     for package, then in run.resolved.versions.items():
         if now.get(package) != then:

@@ -22,7 +22,7 @@ INK, FAINT, PAPER, GOOD, BAD = "#1b1f24", "#6b7280", "#ffffff", "#15803d", "#b91
 class Tile:
     """One example on the sheet: its picture and up to two short lines under it."""
 
-    picture: Image.Image | None
+    picture: Image.Image
     lines: tuple[str, ...]
 
 
@@ -35,20 +35,11 @@ class Strip:
     opponents: Sequence[Tile]
 
 
-def picture_of(value: Any, shape: Sequence[int]) -> Image.Image | None:
-    """A payload value as a picture: image bytes, or numbers of the column's shape stretched to the full range."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if value is None:
-        return None
-    if isinstance(value, bytes):
-        image = Image.open(io.BytesIO(value)).convert("RGB")
-    else:
-        pixels = np.asarray(value, np.float64).reshape(shape)
-        pixels = pixels.transpose(1, 2, 0).squeeze() if pixels.ndim == 3 else pixels
-        low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
-        image = Image.fromarray(((pixels - low) / ((high - low) or 1) * 255).astype(np.uint8)).convert("RGB")
-    return _fitted(image)
+def picture_of(pixels: np.ndarray) -> Image.Image:
+    """Numbers [H, W] or [C, H, W] as a thumbnail, stretched to the full range of gray or colour."""
+    pixels = pixels.transpose(1, 2, 0).squeeze() if pixels.ndim == 3 else pixels
+    low, high = float(pixels.min()), float(pixels.max())
+    return _fitted(Image.fromarray(((pixels - low) / ((high - low) or 1) * 255).astype(np.uint8)).convert("RGB"))
 
 
 def _fitted(image: Image.Image) -> Image.Image:
@@ -82,8 +73,7 @@ def contact_sheet(title: str, strips: Sequence[Strip]) -> bytes:
 
 
 def _query(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, y: int) -> None:
-    if tile.picture is not None:
-        sheet.paste(tile.picture, (GAP_PX, y))
+    sheet.paste(tile.picture, (GAP_PX, y))
     for line, text in enumerate(tile.lines):
         x = GAP_PX if line == 0 else GAP_PX + THUMB_PX + GAP_PX
         top = y + THUMB_PX + 2 if line == 0 else y + 4 + (line - 1) * 15
@@ -92,8 +82,7 @@ def _query(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, y: int) ->
 
 
 def _tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, x: int, y: int) -> None:
-    if tile.picture is not None:
-        sheet.paste(tile.picture, (x, y))
+    sheet.paste(tile.picture, (x, y))
     for line, text in enumerate(tile.lines):
         draw.text(
             (x, y + THUMB_PX + 2 + line * 13),

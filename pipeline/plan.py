@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .records import Measured, Shard
+from .records import Column, Measured, Shard
 from .spec import Spec
 
 MAX_SHARD_ROWS = 65_536
+MAX_SHARD_BYTES = 256 << 20
+"""Decoded size of a shard; an actor holds two of them."""
+NUMBER_BYTES = 8
 SHARDS_AIMED_AT = 32
 SCORE_ROW_BYTES = 30
 """Bytes of one score row on disk, measured on digits with made ids; ids of a user's own can be longer."""
@@ -30,11 +33,11 @@ class Plan:
     Args:
         rows: Training examples.
         files: Corpus files.
-        shards: Units of work.
+        shards: Pieces that the corpus is cut into.
         queries: Counterparts to make.
         query_rows: Rows of all queries together.
         forward_passes: Examples through a model in stage score: one base pass and one per query.
-        objects: Objects written by all stages.
+        objects: Objects written by all stages, without rejects; one less where examples are no pictures.
         score_bytes: Rough size of scores/ on the store.
     """
 
@@ -48,13 +51,13 @@ class Plan:
     score_bytes: int
 
 
-def shard_rows(spec: Spec, rows: int) -> int:
-    """Rows per shard: the spec's, or a 32nd of the corpus in whole batches, at most 65,536."""
+def shard_rows(spec: Spec, rows: int, columns: Sequence[Column]) -> int:
+    """Rows per shard: the spec's, or a 32nd of the corpus in whole batches, bounded in rows and in decoded bytes."""
     if spec.score.shard_rows is not None:
         return spec.score.shard_rows
-    batch = spec.score.batch_rows
-    wanted = min(math.ceil(rows / SHARDS_AIMED_AT), max(MAX_SHARD_ROWS, batch))
-    return max(1, math.ceil(wanted / batch)) * batch
+    row_bytes = sum(math.prod(column.shape) * NUMBER_BYTES for column in columns)
+    wanted = min(math.ceil(rows / SHARDS_AIMED_AT), MAX_SHARD_ROWS, max(1, MAX_SHARD_BYTES // max(1, row_bytes)))
+    return max(1, math.ceil(wanted / spec.score.batch_rows)) * spec.score.batch_rows
 
 
 def make_shards(files: Sequence[Measured], rows_each: int) -> list[Shard]:
@@ -87,7 +90,8 @@ def _shard(shard_id: int, measured: Measured, start: int, rows: int) -> Shard:
 def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], query_rows: int) -> Plan:
     """Figures of the run that `spec` and `shards` make."""
     rows, queries = sum(shard.rows for shard in shards), len(query_ids)
-    per_shard = queries + 2 + (spec.corpus.source is not None)  # scores, partial top-k, commit, partial sources
+    per_shard = queries + 2 + (spec.corpus.source is not None)  # scores, partial top-k, commit, partial sums
+    frozen, ranked, reported, seal = 3, 3, 2, 1
     return Plan(
         rows=rows,
         files=len({shard.path for shard in shards}),
@@ -95,7 +99,7 @@ def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], que
         queries=queries,
         query_rows=query_rows,
         forward_passes=rows * (1 + queries),
-        objects=3 + 2 * queries + len(shards) * per_shard + 8,
+        objects=frozen + 2 * queries + len(shards) * per_shard + ranked + reported + seal,
         score_bytes=rows * queries * SCORE_ROW_BYTES,
     )
 

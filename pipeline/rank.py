@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from . import topk
 from .artifacts import Run, parallel, partition
-from .corpus import Corpus, payload_names
+from .corpus import Corpus, concat_rows, payload_names
 from .observe import say
 from .records import RANKED, SOURCES, Receipt
 
@@ -28,8 +28,8 @@ def rank(run: Run) -> pa.Table:
     """Rank a fully scored run; the ranked table, as RANKED with payload columns behind.
 
     Raises:
-        ArtifactError: Shards are missing, or an artifact is damaged.
-        InputError: The corpus changed, so that payload cannot be fetched.
+        ArtifactError: Shards are missing, or an artifact is not what was committed.
+        InputError: Too many rows were rejected, or the corpus changed, so that payload cannot be fetched.
     """
     receipts = run.complete_receipts()
     section = run.spec.rank
@@ -61,8 +61,9 @@ def _partials_fit(run: Run, receipts: Sequence[Receipt]) -> bool:
 def _partials(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
     """A shard's partial top-k and source sums, as it committed them."""
     name = f"shard-{receipt.shard_id:06d}.parquet"
-    sums = run.read_table("partials", "sources", name) if run.spec.corpus.source is not None else SOURCES.empty_table()
-    return run.read_table("partials", "topk", name), sums
+    with_sources = run.spec.corpus.source is not None
+    sums = run.read_shard(receipt, f"partials/sources/{name}") if with_sources else SOURCES.empty_table()
+    return run.read_shard(receipt, f"partials/topk/{name}"), sums
 
 
 def _from_scores(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
@@ -70,7 +71,9 @@ def _from_scores(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
     section, name = run.spec.rank, f"shard-{receipt.shard_id:06d}.parquet"
     tops, sums = [], [SOURCES.empty_table()]
     for query_id in run.query_ids:
-        valued = topk.with_value(run.read_table("scores", partition(query_id), name), section.transform, section.eps)
+        valued = topk.with_value(
+            run.read_shard(receipt, f"scores/{partition(query_id)}/{name}"), section.transform, section.eps
+        )
         tops.append(topk.partial_topk(valued, section.k, section.transform))
         if run.spec.corpus.source is not None:
             sums.append(topk.source_sums(valued))
@@ -106,7 +109,7 @@ def _with_payload(run: Run, ranked: pa.Table, names: Sequence[str]) -> pa.Table:
         for i, shard in enumerate(shards)
         for j, row in enumerate(rows_each[i])
     }
-    payload = pa.concat_tables(fetched, promote_options="permissive")
+    payload = concat_rows(fetched)
     payload = payload.take([position[int(s), int(r)] for s, r in zip(shard_N, row_N, strict=True)])
     for name in names:
         described = {"description": f"Payload: column {name!r} of the corpus."}

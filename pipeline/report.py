@@ -15,13 +15,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL.Image import Image
 
 from .artifacts import Run
+from .decode import decode_value
 from .picture import Strip, Tile, contact_sheet, picture_of, to_png
 from .records import RANKED, Column
 
 SHEET_TILES = 8
 """Examples per side on the contact sheet; the page shows all."""
+SHEET_QUERIES = 40
+PAGE_QUERIES = 200
+"""Beyond these a picture is too tall and a page too long to look at; the tables have all."""
 TEXT_CHARS = 160
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1b1f24;max-width:1180px;margin:2rem auto;padding:0 1rem}
@@ -65,19 +70,19 @@ def of(ranked: pa.Table, query_id: str, side: str) -> list[dict[str, Any]]:
 
 
 def _sheet(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column) -> bytes:
-    plain, name = plain_payload(ranked), image.columns[0]
+    plain = plain_payload(ranked)
 
     def tile(row: dict[str, Any]) -> Tile:
         facts = " ".join(f"{column} {row[column]}" for column in plain)
-        return Tile(picture_of(row[name], image.shape), (f"{row['value']:+.3g}", facts))
+        return Tile(_picture(row, image), (f"{row['value']:+.3g}", facts))
 
     strips = []
-    for query_id in run.query_ids:
+    for query_id in run.query_ids[:SHEET_QUERIES]:
         rows, tuned = query_rows(run, query_id), run.counterpart_meta(query_id)
         lines = [query_id, *(f"{column} {rows[0][column]}" for column in plain if column in rows[0])]
         lines += [f"loss {tuned['query_loss_before_nats']:.3g}", f"to {tuned['query_loss_after_nats']:.3g}"]
         lines += [f"{len(rows)} rows"] if len(rows) > 1 else []
-        query = Tile(picture_of(rows[0][name], image.shape), tuple(lines))
+        query = Tile(_picture(rows[0], image), tuple(lines))
         sides = [[tile(row) for row in of(ranked, query_id, side)[:SHEET_TILES]] for side in ("proponent", "opponent")]
         strips.append(Strip(query, *sides))
     return contact_sheet(f"{title(run)}: which training examples made the model do that?", strips)
@@ -111,7 +116,10 @@ def _page(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column | None
     ]
     if image is not None:
         parts.append("<p><img class=sheet src=contact_sheet.png alt='contact sheet of all queries'></p>")
-    parts += [_query_section(run, ranked, query_id, image) for query_id in run.query_ids]
+    shown = run.query_ids[:PAGE_QUERIES]
+    if len(shown) < len(run.query_ids):
+        parts.append(f"<p>The first {len(shown)} of {len(run.query_ids):,} queries; topk/ranked.parquet has all.</p>")
+    parts += [_query_section(run, ranked, query_id, image) for query_id in shown]
     return "\n".join(parts) + "\n</html>\n"
 
 
@@ -147,10 +155,15 @@ def _table(rows: Sequence[dict[str, Any]], plain: Sequence[str], image: Column |
 
 
 def _thumb(row: dict[str, Any], image: Column | None) -> str:
-    picture = picture_of(row[image.columns[0]], image.shape) if image is not None else None
-    if picture is None:
+    if image is None:
         return ""
-    return f'<img height=42 alt="" src="data:image/png;base64,{base64.b64encode(to_png(picture)).decode()}">'
+    return (
+        f'<img height=42 alt="" src="data:image/png;base64,{base64.b64encode(to_png(_picture(row, image))).decode()}">'
+    )
+
+
+def _picture(row: dict[str, Any], image: Column) -> Image:
+    return picture_of(decode_value(row[image.columns[0]], image).reshape(image.shape))
 
 
 def _text(value: Any) -> str:

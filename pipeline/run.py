@@ -1,17 +1,20 @@
-"""The product, top to bottom: freeze, tune, score, rank, report. No logic but order and resume."""
+"""The product, top to bottom: freeze, tune, score, rank, seal, report. No logic but order and resume."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Literal
 
-from .artifacts import Run
+from .artifacts import Run, open_run, save_spec
 from .cluster import connected
 from .freeze import freeze
 from .rank import rank
 from .report import report
 from .score import score
-from .spec import RankSection, Spec
+from .spec import Spec
+from .specfile import parse_spec
 from .tune import tune
 
 Stage = Literal["tune", "score", "rank"]
@@ -42,18 +45,26 @@ def run_stage(spec: Spec, stage: Stage) -> Run:
     return run
 
 
-def rerank(run: Run, section: RankSection) -> Run:
-    """Rank and report again with another k or transform; scores nothing. Raises ArtifactError, InputError."""
-    run = run.with_rank(section)
+def rerank(run_uri: str, overrides: Sequence[str]) -> Run:
+    """Rank and report a run again with overrides of its rank section; scores nothing.
+
+    Raises:
+        SpecError: An override is wrong.
+        ArtifactError, InputError: The run is not scored to its end, or damaged; its run.yaml stays as it was.
+    """
+    run = open_run(run_uri)
+    section = parse_spec(run.spec.model_dump(mode="json"), overrides).rank
+    run = replace(run, spec=run.spec.model_copy(update={"rank": section}))
     finish(run)
+    save_spec(run)
     return run
 
 
 def finish(run: Run) -> None:
-    """What comes after the last score: rank, report, seal."""
+    """What comes after the last score: rank, seal, report."""
     rank(run)
-    report(run)
     run.seal()
+    report(run)
 
 
 def _needs_ray(run: Run) -> bool:

@@ -20,7 +20,7 @@ from . import topk
 from .artifacts import Run, open_run, partition
 from .cluster import Watchdog, bounded_retries, errors_of, require, room
 from .corpus import Corpus, Examples
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError
 from .extensions import load_model, load_task
 from .importing import user_code
 from .observe import Progress
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 SHARDS_AHEAD = 2
 """Calls that run in one actor at a time: one reads, decodes and writes while the other holds the engine."""
-MAX_REJECTS_SHOWN = 3
 
 
 def score(run: Run) -> None:
@@ -45,7 +44,7 @@ def score(run: Run) -> None:
     done = run.committed_ids()
     pending = [shard for shard in run.shards if shard.shard_id not in done]
     rejected = sum(receipt.rejects for receipt in run.receipts()) if done else 0
-    _require_few_rejects(run, rejected)
+    run.require_few_rejects(rejected)
     if not pending:
         return
     watchdog = Watchdog("score")
@@ -55,7 +54,7 @@ def score(run: Run) -> None:
             watchdog.feed()
             progress.advance(row["rows"])
             rejected += row["rejects"]
-            _require_few_rejects(run, rejected)
+            run.require_few_rejects(rejected)
 
 
 def _receipts(run: Run, pending: list[Shard]) -> Any:
@@ -88,30 +87,6 @@ def _receipts(run: Run, pending: list[Shard]) -> Any:
             max_task_retries=resources.max_failures,
         )
     return scored.iter_rows()
-
-
-def _require_few_rejects(run: Run, rejected: int) -> None:
-    """Stop a run that rejects more than the spec allows. Raises InputError."""
-    allowed = run.spec.score.max_reject_fraction
-    if rejected <= allowed * run.rows:
-        return
-    shown = "".join(f"\n  {line}" for line in _first_rejects(run))
-    raise InputError(
-        f"{rejected:,} of {run.rows:,} rows could not be scored, allowed is a fraction of {allowed:g}; "
-        f"they are in {run.uri('rejects')}{shown}",
-        "mend the corpus and start a new run, or go on with --set score.max_reject_fraction=...",
-    )
-
-
-def _first_rejects(run: Run) -> list[str]:
-    for receipt in run.receipts():
-        if receipt.rejects:
-            rows = run.read_table("rejects", f"shard-{receipt.shard_id:06d}.parquet").slice(0, MAX_REJECTS_SHOWN)
-            return [
-                f"{row['path']} row {row['row']}: {row['column']}: got {row['got']}, expected {row['expected']}"
-                for row in rows.to_pylist()
-            ]
-    return []
 
 
 class ScoreShard:

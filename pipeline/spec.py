@@ -13,6 +13,7 @@ from pydantic import Field
 from .choices import ModelSection, ProducerSection, Section, TaskSection, Unlearn
 from .records import Transform
 
+Uri = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _NotNegative = Annotated[float, Field(ge=0)]
@@ -21,14 +22,14 @@ _NotNegative = Annotated[float, Field(ge=0)]
 class RunSection(Section):
     """Where the run lives."""
 
-    uri: str
+    uri: Uri
     """Folder of the run: a local path or any URI that fsspec opens. One spec, one folder."""
 
 
 class CorpusSection(Section):
     """The training examples."""
 
-    uri: str
+    uri: Uri
     """A file, a folder (searched to the bottom) or a glob."""
     format: Literal["auto", "parquet", "jsonl", "csv", "image_folder"] = "auto"
     """`auto` goes by the files' suffixes. An image folder has one sub-folder of images per class."""
@@ -47,7 +48,7 @@ class CorpusSection(Section):
 class QueriesSection(Section):
     """What is asked about: rows with the corpus's columns, and a query id."""
 
-    uri: str
+    uri: Uri
     """A file, a folder (searched to the bottom) or a glob."""
     format: Literal["auto", "parquet", "jsonl", "csv", "image_folder"] = "auto"
     """As for the corpus."""
@@ -59,8 +60,8 @@ class ScoreSection(Section):
     """How the corpus is cut up and run through the models."""
 
     shard_rows: _Count | None = None
-    """Rows per shard, the unit of work and of loss. Null: a 32nd of the corpus, between one batch and 65,536. Aim at a
-    minute of one accelerator per shard and query."""
+    """Rows per shard, the unit of work and of loss. Null: a 32nd of the corpus in whole batches, at most 65,536 rows and
+    256 MiB decoded. Aim at a minute of one accelerator per shard and query."""
     batch_rows: _Count = 256
     """Rows per forward pass. Every batch has exactly this shape (the last is filled up), which makes scores the same to
     the bit under any shard size and worker count; see pipeline/decisions/."""
@@ -124,7 +125,7 @@ class Resolved(Section):
     fingerprint: str
     """Digest of all that decides the scores."""
     digests: dict[str, str]
-    """sha256 of `weights` and `queries`; of names, sizes and rows of the `corpus`."""
+    """sha256 of the contents of `weights` and `queries`, and of the names, sizes and rows (not the contents) of the `corpus`."""
     versions: dict[str, str]
     """Of mirrorscope, Python, torch, Ray and pyarrow. Other versions may round differently."""
 

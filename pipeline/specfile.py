@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from . import storage
 from .choices import Section, unknown_word
-from .errors import SpecError
+from .errors import InputError, SpecError
 from .spec import Spec
 
 
@@ -27,10 +27,10 @@ def load_spec(uri: str, overrides: Sequence[str] = ()) -> Spec:
         SpecError: The file is missing or not YAML, an override is malformed, or the tree is wrong; every problem is
             named with its path.
     """
-    if not storage.exists(uri):
-        raise SpecError(f"spec {uri} does not exist")
     try:
         tree = yaml.safe_load(storage.read_bytes(uri))
+    except InputError as error:
+        raise SpecError(f"spec {error.message}") from error
     except yaml.YAMLError as error:
         raise SpecError(f"spec {uri} is not YAML: {error}") from error
     return parse_spec(tree, overrides, origin=uri)
@@ -88,6 +88,8 @@ def _problem(details: ErrorDetails) -> str:
             return f"{dotted}: {unknown_word(path[-1], section.model_fields if section else ())}"
         case "missing":
             return f"{dotted}: missing; {_description(section, path[-1])}".rstrip("; ")
+        case "model_type" | "model_attributes_type":
+            return f"{dotted}: got {details['input']!r}, expected a mapping, as in {{name: ...}}"
         case "value_error":
             return f"{dotted}: {details['ctx']['error']}"
     return f"{dotted}: {details['msg'][0].lower()}{details['msg'][1:]} (got {details['input']!r})"
@@ -146,7 +148,7 @@ def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], path: st
 
 def sections_of(section: type[Section] = Spec, path: str = "") -> dict[str, type[Section]]:
     """Dotted path (and, where there is a choice, the word that chooses) -> section, for documentation."""
-    found: dict[str, type[Section]] = {}
+    found: dict[str, type[Section]] = {} if path else {"spec": Spec}
     for name, field in section.model_fields.items():
         choices = _sections(field.annotation, field.metadata)
         for tag, kind in choices.items():

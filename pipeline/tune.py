@@ -14,12 +14,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import Run, open_run
-from .cluster import errors_of, require
+from .cluster import Watchdog, errors_of, require
 from .corpus import decode_queries
-from .errors import NumericsError, PipelineError
+from .errors import ContractError, NumericsError, PipelineError
 from .extensions import load_model, load_producer, load_task
 from .importing import user_code
-from .observe import Progress, every
+from .observe import Progress, every, say
 from .storage import remove_folder
 
 if TYPE_CHECKING:
@@ -50,8 +50,18 @@ def tune(run: Run) -> None:
     workers = min(resources.workers, len(pending))
     require(workers, resources.cpus, resources.gpus, "resources.tune")
     progress = Progress("tune", len(run.query_ids), "queries", done=len(done))
-    with progress, every(POLL_S, lambda: progress.at(len(run.committed_queries()))), errors_of("tune"):
+    watchdog = Watchdog("tune")
+
+    def look() -> None:
+        made = len(run.committed_queries())
+        if made != progress.done:
+            watchdog.feed()
+        progress.at(made)
+
+    with progress, every(POLL_S, look), watchdog.watching(), errors_of("tune"):
         failures = _fit(run, workers, pending)
+    if len(failures) > 1:
+        say(f"{len(failures)} queries or workers failed, the first with this error; the other queries are committed")
     if failures:
         raise failures[0]
 
@@ -101,14 +111,28 @@ def _worker(config: dict[str, Any]) -> list[list[PipelineError]]:
         done = run.committed_queries()
         for query_id in config["pending"][rank::world_size]:
             if query_id not in done:
-                tuner.tune(query_id)
+                failures += _failure(tuner, query_id)
     except PipelineError as error:
-        if error.retryable:
-            raise
-        failures.append(error)
+        failures += _unless_retryable(error)
     gathered: list[list[PipelineError]] = [[] for _ in range(world_size)]
     dist.all_gather_object(gathered, failures)
     return gathered
+
+
+def _failure(tuner: Tuner, query_id: str) -> list[PipelineError]:
+    """Tune one query; what stands in its way, so that one bad query does not stop the others."""
+    try:
+        tuner.tune(query_id)
+    except PipelineError as error:
+        return _unless_retryable(error)
+    return []
+
+
+def _unless_retryable(error: PipelineError) -> list[PipelineError]:
+    """An error to hand home, or raised on for Ray Train to start the workers again."""
+    if error.retryable:
+        raise error
+    return [error]
 
 
 class Tuner:
@@ -134,8 +158,8 @@ class Tuner:
         """Make and commit the counterpart of one query.
 
         Raises:
-            ContractError: Model, task or producer failed on it.
-            NumericsError: The query's loss before or after is not finite, or nothing changed.
+            ContractError: Model, task or producer failed on it, or the base model was changed.
+            NumericsError: The query's loss before or after is not finite, or steps moved nothing.
         """
         import safetensors.torch
         import torch
@@ -146,9 +170,14 @@ class Tuner:
         with user_code(f"query {query_id!r}: {self._run.spec.producer.implementation}"), torch.random.fork_rng():
             torch.manual_seed(seed)
             before = self._query_loss(self._base, query)
+            versions = _tensor_versions(self._base)
             produced = self._producer.produce(self._base, self._task, query, seed)
             after = self._query_loss(produced.model.eval(), query)
         changed = changed_tensors(self._base, produced.model)
+        if _tensor_versions(self._base) != versions:
+            raise ContractError(
+                f"producer {self._run.spec.producer.implementation} changed the base model; it must tune a copy"
+            )
         meta = {
             "producer": self._run.spec.producer.model_dump(mode="json"),
             "direction": self._producer.direction,
@@ -170,6 +199,11 @@ class Tuner:
                     if when == "after"
                     else "check the query's rows and the weights",
                 )
+        if produced.steps and not changed:
+            raise NumericsError(
+                f"query {query_id!r}: {produced.steps} steps moved no weight",
+                "raise producer.lr, or use a finer model.dtype",
+            )
         data = safetensors.torch.save({name: tensor for name, (tensor, _) in changed.items()})
         self._run.commit_counterpart(query_id, data, meta)
 
@@ -190,6 +224,11 @@ class Tuner:
 def query_seed(seed: int, query_id: str) -> int:
     """Seed of one query, from the spec's seed and its id alone: the same on any worker, in any order."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{query_id}".encode()).digest()[:7], "big")
+
+
+def _tensor_versions(model: nn.Module) -> list[int]:
+    """The counts of in-place changes that torch keeps of every parameter and buffer."""
+    return [tensor._version for tensor in model.state_dict(keep_vars=True).values()]
 
 
 def changed_tensors(base: nn.Module, counterpart: nn.Module) -> dict[str, tuple[Tensor, float]]:

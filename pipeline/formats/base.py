@@ -35,7 +35,10 @@ class Format(Protocol):
 
 
 def corpus_root(uri: str) -> str:
-    """The folder that example ids are relative to: the URI itself, a file's folder, or what precedes a wildcard."""
+    """The folder that example ids are relative to: the URI itself, a file's folder, or what precedes a wildcard.
+
+    It asks the store: ask once per corpus. Raises StorageError.
+    """
     fs, path = storage.locate(storage.absolute(uri))
     if any(wildcard in path for wildcard in "*?["):
         head = path
@@ -46,9 +49,9 @@ def corpus_root(uri: str) -> str:
         return path if fs.isdir(path) else path.rsplit("/", 1)[0]
 
 
-def relative_path(path: str, uri: str) -> str:
+def relative_path(path: str, root: str) -> str:
     """A corpus file's path below the corpus root."""
-    return storage.locate(path)[1].removeprefix(corpus_root(uri)).lstrip("/")
+    return storage.locate(path)[1].removeprefix(root).lstrip("/")
 
 
 def _hidden(name: str, root: str) -> bool:
@@ -79,9 +82,11 @@ def find_files(uri: str, suffixes: Collection[str]) -> list[SourceFile]:
         for name, info in sorted(found.items())
         if info["type"] == "file" and not _hidden(name, root) and name.lower().endswith(tuple(suffixes))
     ]
+    if not found:
+        raise InputError(f"{uri} does not exist, or is an empty folder")
     if not files:
-        there = "no file there" if not found else f"{len(found)} other file(s) there"
         raise InputError(
-            f"{uri}: no file ending in {', '.join(sorted(suffixes))} ({there})", "check the path and the format"
+            f"{uri}: none of {len(found)} file(s) there ends in {', '.join(sorted(suffixes))}",
+            "check the path and the format",
         )
     return files

@@ -15,7 +15,7 @@ import pyarrow as pa
 from .. import storage
 from ..errors import InputError
 from ..records import Measured, Rows, Shard, SourceFile
-from .base import find_files
+from .base import corpus_root, find_files, relative_path
 
 COLUMNS = {"image": pa.binary(), "label": pa.int64(), "class": pa.string(), "path": pa.string()}
 
@@ -24,12 +24,14 @@ class ImageFolder:
     """`root/<class>/<image>`.
 
     Args:
+        uri: The folder.
         classes: Sub-folders in label order; null sorts those that are there.
     """
 
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-    def __init__(self, classes: Sequence[str] | None = None) -> None:
+    def __init__(self, uri: str, classes: Sequence[str] | None = None) -> None:
+        self._root = corpus_root(uri)
         self.classes = list(classes) if classes is not None else None
 
     def files(self, uri: str) -> list[SourceFile]:
@@ -56,7 +58,7 @@ class ImageFolder:
             values["image"] = [storage.read_bytes(f"{shard.path}/{member}") for member in members]
         values["label"] = [(self.classes or []).index(name)] * len(members)
         values["class"] = [name] * len(members)
-        values["path"] = [f"{name}/{member}" for member in members]
+        values["path"] = [f"{relative_path(shard.path, self._root)}/{member}" for member in members]
         table = pa.table({column: pa.array(values[column], COLUMNS[column]) for column in columns})
         return Rows(table, np.arange(shard.row_start, shard.row_start + shard.rows))
 

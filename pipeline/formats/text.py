@@ -159,8 +159,10 @@ class Csv:
     def _header(path: str, record: bytes) -> list[str]:
         try:
             return next(csv.reader([record.decode("utf-8-sig")]))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} cannot be read as CSV: its header is not UTF-8") from error
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(
+                f"{path} cannot be read as CSV: its header is not one line of UTF-8 text: {error}"
+            ) from error
 
     @staticmethod
     def _parse(header: list[str], row: int, record: bytes) -> dict[str, Any] | Reject:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..errors import ContractError, InputError
-from ..importing import construct
+from ..importing import construct, resolve
 from .base import load_weights
 
 UNREADABLE = (
@@ -37,6 +37,7 @@ class TorchModule:
 
     def __init__(self, factory: str, arguments: Mapping[str, Any], weights_uri: str | None, dtype: str) -> None:
         self._factory, self._arguments = factory, dict(arguments)
+        resolve(factory, "model.factory")  # a typo is an error before any work
         self._weights_uri, self._dtype = weights_uri, dtype
 
     def load(self, device: str, seed: int) -> nn.Module:

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from jobs import stage
 from jobs.cli import app, guarded
+from pipeline.freeze import survey
 from pipeline.run import finish
 from tests.conftest import run_without_ray
 from tests.example_data import prepare
@@ -61,7 +64,7 @@ def test_show_prints_the_table_and_where_everything_is(finished):
 def test_the_duckdb_line_that_is_shown_works(finished):
     """The one-liner can be pasted into a shell."""
     line = next(line for line in invoke("show", finished.uri()).output.splitlines() if line.startswith("query them"))
-    shell = line.removeprefix("query them").strip().replace("python", sys.executable, 1)
+    shell = line.removeprefix("query them").strip()
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
     assert 0 == done.returncode, done.stderr
     assert "copy-of-77" in done.stdout
@@ -91,6 +94,10 @@ def test_rank_lists_again_without_scoring(finished):
 def test_every_example_spec_is_planned(path, tmp_path, monkeypatch):
     """Each commented example parses, and plans on the data that it names; planning writes nothing."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("my_project", "my_project.models"):
+        sys.modules.pop(name, None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     prepare(path.stem, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     planned = invoke("plan", str(path))
@@ -137,3 +144,52 @@ def test_a_stage_needs_a_known_name():
     refused = CliRunner().invoke(stage.app, ["scor", "spec.yaml"])
     assert 2 == refused.exit_code
     assert all(name in refused.output for name in ("'scor'", "'tune'", "'score'", "'rank'"))
+
+
+def test_a_rank_that_cannot_be_leaves_the_run_as_it_was(finished, monkeypatch, capsys):
+    """A wrong eps, or a run that lost a commit: refused, and run.yaml keeps its rank section."""
+    before = Path(finished.uri("run.yaml")).read_bytes()
+    assert 2 == exit_code(monkeypatch, "rank", finished.uri(), "--eps", "inf")
+    assert "rank.eps" in capsys.readouterr().err
+    Path(finished.uri("commits", "shard-000001.json")).unlink()
+    assert 6 == exit_code(monkeypatch, "rank", finished.uri(), "--k", "77")
+    assert before == Path(finished.uri("run.yaml")).read_bytes()
+
+
+def test_brackets_in_peoples_data_stay_as_they_are(make_spec, world, tmp_path):
+    """A query id that looks like markup is printed, not interpreted."""
+    table = pq.read_table(world.queries).slice(0, 1)
+    path = tmp_path / "queries.parquet"
+    pq.write_table(table.set_column(0, "query_id", pa.array(["say [/INST] [red]x"])), path)
+    run = run_without_ray(make_spec(f"queries.uri={path}"))
+    finish(run)
+    assert "say [/INST] [red]x" in invoke("show", run.uri()).output
+
+
+def test_the_plan_counts_the_objects_that_a_run_writes(make_spec):
+    """`plan` promises as many objects as lie in the folder afterwards."""
+    planned = survey(make_spec())[1]
+    run = run_without_ray(make_spec())
+    finish(run)
+    assert planned.objects == len([path for path in Path(run.uri()).rglob("*") if path.is_file()])
+    assert (150, 450, 3) == (planned.rows, planned.forward_passes, planned.shards)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("producer=unlearn", "producer: got 'unlearn', expected a mapping, as in {name: ...}"),
+        ("run.uri=''", "run.uri: string should have at least 1 character"),
+        ("model.factory=foo", "model.factory: got 'foo', expected package.module:function"),
+        ("producer.parameters='('", "producer.parameters: '(' is not a regular expression"),
+        ("model.factory='jobs.digits:cnnn'", "module jobs.digits has no 'cnnn'"),
+        ("producer={name: 'jobs.digits:cnn', options: {depth: 3}}", "does not take these options"),
+    ],
+)
+def test_common_slips_are_named_before_any_work(world, tmp_path, monkeypatch, capsys, override, said):
+    """What people type wrong exits 2 with a sentence that says what to type, and makes no folder."""
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(world.tree(tmp_path / "run")))
+    assert 2 == exit_code(monkeypatch, "run", str(path), "--set", override)
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

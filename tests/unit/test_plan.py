@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.plan import MAX_SHARD_ROWS, fingerprint, identity, make_shards, shard_rows
-from pipeline.records import Measured, SourceFile, manifest_shards, manifest_table
+from pipeline.records import Column, Measured, SourceFile, manifest_shards, manifest_table
 from tests.unit.test_spec import parse
 
 
@@ -46,9 +46,11 @@ def test_a_manifest_reads_back_as_it_was_written(rows_each):
 def test_shards_are_whole_batches_and_bounded():
     """By default a 32nd of the corpus, in whole batches, and never above the bound."""
     spec = parse("score.batch_rows=100")
-    assert (100, 400, 65_600) == (shard_rows(spec, 5), shard_rows(spec, 12_000), shard_rows(spec, 10**9))
-    assert shard_rows(spec, 10**9) < MAX_SHARD_ROWS + 100
-    assert 7 == shard_rows(parse("score.shard_rows=7"), 10**6)
+    small, image = [Column("x", ("x",))], [Column("x", ("x",), "float32", (3, 224, 224))]
+    assert [100, 400, 65_600] == [shard_rows(spec, rows, small) for rows in (5, 12_000, 10**9)]
+    assert shard_rows(spec, 10**9, small) < MAX_SHARD_ROWS + 100
+    assert 300 == shard_rows(spec, 10**9, image)  # 223 rows of 1.2 MB are 256 MiB
+    assert 7 == shard_rows(parse("score.shard_rows=7"), 10**6, small)
 
 
 def test_the_fingerprint_follows_what_moves_scores_and_nothing_else():
