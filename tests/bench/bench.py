@@ -87,7 +87,7 @@ def bare_loop(world: World, counterpart: torch.nn.Module, rows: int) -> float:
 
 
 def through_ray(run: Run) -> float:
-    """Examples/s of stage score from the first shard's start to the last commit, on warm actors of a running Ray."""
+    """Examples/s of stage score on a running Ray, from the first shard's start (in a fresh actor) to the last commit."""
     forget_scores(run)
     score(run)
     receipts = run.receipts()
