@@ -8,8 +8,7 @@ Next: report.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from .corpus import Corpus, concat_rows, payload_names
 from .observe import say
 from .records import RANKED, SOURCES, Receipt
 
+_Read = Callable[[Run, Receipt], tuple[pa.Table, pa.Table]]
 MERGE_AT_ONCE = 256
 """Partial tables merged at a time: memory is this many partials, whatever the number of shards."""
 
@@ -80,7 +80,7 @@ def _from_scores(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
     return pa.concat_tables(tops), pa.concat_tables(sums)
 
 
-def _merged(run: Run, receipts: Sequence[Receipt], read: Any) -> tuple[pa.Table, pa.Table]:
+def _merged(run: Run, receipts: Sequence[Receipt], read: _Read) -> tuple[pa.Table, pa.Table]:
     """Top-k and source sums of all shards, a bounded number of partials at a time."""
     tops: list[pa.Table] = []
     sums: list[pa.Table] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def score(run: Run) -> None:
             run.require_few_rejects(rejected)
 
 
-def _receipts(run: Run, pending: list[Shard]) -> Any:
+def _receipts(run: Run, pending: list[Shard]) -> Iterator[dict[str, Any]]:
     """Rows {shard_id, rows, rejects} of shards as they are committed, in any order."""
     import ray.data
     from ray.data import ActorPoolStrategy
@@ -86,7 +87,7 @@ def _receipts(run: Run, pending: list[Shard]) -> Any:
             max_restarts=resources.max_failures,
             max_task_retries=resources.max_failures,
         )
-    return scored.iter_rows()
+    return iter(scored.iter_rows())
 
 
 class ScoreShard:

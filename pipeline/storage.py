@@ -102,10 +102,9 @@ def _write(fs: Any, path: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
+    finally:
+        if os.path.exists(temporary):  # not renamed: something failed
             os.unlink(temporary)
-        raise
 
 
 def names(uri: str) -> list[str]:

@@ -331,7 +331,7 @@ def test_ids_are_not_checked_where_they_are_made_or_the_spec_says_so(word, tmp_p
         case.write(tmp_path / folder / case.name, plain_rows(2))
     for fields in ({}, {"example_id": case.id_column, "check_ids": False}):
         opened = corpus(tmp_path, **fields)
-        opened.check_ids(cut(opened, case.columns))
+        assert opened.check_ids(cut(opened, case.columns)) is None
 
 
 @tables
@@ -341,7 +341,9 @@ def test_null_ids_are_no_duplicates(word, tmp_path):
     rows[1]["id"] = rows[3]["id"] = None
     case.write(tmp_path / case.name, rows)
     opened = corpus(tmp_path, example_id="id")
-    opened.check_ids(cut(opened, case.columns))
+    shards = cut(opened, case.columns)
+    opened.check_ids(shards)
+    assert [1, 3] == [reject.row for shard in shards for reject in opened.read(shard, case.columns).rejects]
 
 
 @tables
