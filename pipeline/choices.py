@@ -76,6 +76,7 @@ class TorchModule(Extension):
     selector: ClassVar[str] = "loader"
 
     loader: Literal["torch_module"] = "torch_module"
+    """This loader."""
     factory: str
     """`package.module:function` that returns the module; its weights are then replaced by `weights_uri`."""
     arguments: dict[str, Any] = {}
@@ -111,6 +112,7 @@ class ClassificationTask(Extension):
     """Cross-entropy of an integer label given features of one shape."""
 
     name: Literal["classification"] = "classification"
+    """This task."""
     features: str | list[str] = "features"
     """Column of the input: numbers, (nested) lists, or image bytes; or several numeric columns, stacked."""
     label: str = "label"
@@ -197,6 +199,7 @@ class Unlearn(_Steps):
     """Gradient ascent on the query: examples whose loss rises with it helped the query."""
 
     name: Literal["unlearn"] = "unlearn"
+    """This producer; the default, since ascent traces single queries."""
     preset: Literal["paper"] | None = None
     """`paper`: the released recipe of Ko et al. 2024. Fields given beside it override it."""
     repeat: _Count = 1
@@ -224,6 +227,7 @@ class Finetune(_Steps):
     """Gradient descent on the query: examples whose loss falls with it are like the query."""
 
     name: Literal["finetune"] = "finetune"
+    """This producer; for queries that are many clean rows."""
     lr: _Positive = 0.05
     """Learning rate. With momentum .9 and 30 steps it finds flipped labels that the model has memorised (AUC .93 on digits,
     against .86 for the base loss alone)."""

@@ -91,9 +91,7 @@ def test_files_that_are_no_spec_are_refused(tmp_path: Path):
 @pytest.mark.parametrize(("path", "section"), sections_of().items(), ids=sections_of())
 def test_every_field_is_explained(path: str, section: type[Section]):
     """Every field of every section carries its meaning, for `mirrorscope fields` and for readers."""
-    silent = [
-        name for name, field in section.model_fields.items() if not field.description and name not in ("name", "loader")
-    ]
+    silent = [name for name, field in section.model_fields.items() if not field.description]
     assert [] == silent
 
 
