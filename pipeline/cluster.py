@@ -178,9 +178,8 @@ def as_pipeline_error(error: BaseException, stage: str) -> PipelineError:
         item = queue.pop(0)
         if item is None or item in seen:
             continue
-        if isinstance(item, PipelineError) and not isinstance(
-            item, RayError
-        ):  # Ray makes its own of the cause's kind too
+        # Ray's own error takes on its cause's kind as well: only the cause itself has the message.
+        if isinstance(item, PipelineError) and not isinstance(item, RayError):
             return item
         seen.append(item)
         queue += [getattr(item, "cause", None), item.__cause__, item.__context__]

@@ -19,7 +19,7 @@ from .choices import unknown_word
 from .decode import decode, type_problem
 from .errors import InputError, SpecError
 from .extensions import load_format
-from .formats.base import Format, corpus_root, relative_path
+from .formats.base import Format, corpus_root, find_files, relative_path
 from .plan import make_shards
 from .records import Column, Measured, Reject, Shard, SourceFile
 from .spec import CorpusSection, QueriesSection
@@ -170,7 +170,7 @@ class Corpus:
         import duckdb
 
         schema = pa.schema([("id", pa.string())])
-        batches = (pa.record_batch([ids], schema=schema) for _, ids in self._ids(shards, name))
+        batches = (pa.record_batch([id_N], schema=schema) for _, _, id_N in self._ids(shards, name))
         with duckdb.connect() as connection:
             connection.register("ids", pa.RecordBatchReader.from_batches(schema, batches))
             twice = connection.execute(
@@ -182,17 +182,18 @@ class Corpus:
             shown = "\n".join(f"  {value!r}: {' and '.join(where)}" for value, where in sorted(places.items()))
             raise InputError(f"corpus column {name!r} must be unique, but these ids come more than once:\n{shown}")
 
-    def _ids(self, shards: Sequence[Shard], name: str) -> Iterator[tuple[Shard, pa.Array]]:
+    def _ids(self, shards: Sequence[Shard], name: str) -> Iterator[tuple[str, np.ndarray, pa.Array]]:
+        """File, positions in it, and ids, shard after shard."""
         for shard in shards:
-            yield shard, _as_text(self._format.read(shard, [name]).table, name)
+            rows = self._format.read(shard, [name])
+            yield shard.path, rows.row_N, _as_text(rows.table, name)
 
     def _places(self, shards: Sequence[Shard], name: str, wanted: set[str]) -> dict[str, list[str]]:
         places: dict[str, list[str]] = {}
-        for shard in shards:
-            rows = self._format.read(shard, [name])
-            for row, value in zip(rows.row_N, _as_text(rows.table, name).to_pylist(), strict=True):
+        for path, row_N, id_N in self._ids(shards, name):
+            for row, value in zip(row_N, id_N.to_pylist(), strict=True):
                 if value in wanted and len(places.setdefault(value, [])) < 2:
-                    places[value].append(f"{shard.path} row {row}")
+                    places[value].append(f"{path} row {row}")
         return places
 
 
@@ -203,8 +204,6 @@ def open_format(uri: str, name: str, classes: Sequence[str] | None) -> tuple[For
         InputError: Nothing is there, or files of several formats.
     """
     if name == "auto":
-        from .formats.base import find_files
-
         found = {SUFFIXES[suffix] for file in find_files(uri, SUFFIXES) if (suffix := _suffix(file.path)) in SUFFIXES}
         if len(found) > 1:
             raise InputError(

@@ -19,6 +19,7 @@ from .corpus import Corpus, open_format, payload_names, read_queries, require_fr
 from .errors import ArtifactError, InputError
 from .extensions import load_loader, load_producer, load_task
 from .formats.base import corpus_root, relative_path
+from .importing import user_code
 from .observe import say
 from .plan import Plan, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
 from .records import RANKED, Shard, SourceFile
@@ -68,7 +69,8 @@ def _is_begun(run_uri: str) -> bool:
 
 def _survey(spec: Spec) -> Run:
     """The run that a spec describes, from its inputs alone."""
-    columns = load_task(spec.task).columns()
+    with user_code(f"task: {spec.task.implementation}"):
+        columns = load_task(spec.task).columns()
     load_producer(spec.producer)
     load_loader(spec.model)
     corpus = Corpus(spec.corpus)

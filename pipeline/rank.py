@@ -47,6 +47,7 @@ def rank(run: Run) -> pa.Table:
         "transform": topk.transform_name(section.transform, section.eps),
         "payload": payload,
         "examples": scored,
+        "rejects": sum(receipt.rejects for receipt in receipts),
         "fingerprint": run.resolved.fingerprint,
     }
     run.write_json(meta, "topk", "meta.json")
@@ -96,7 +97,6 @@ def _with_payload(run: Run, ranked: pa.Table, names: Sequence[str]) -> pa.Table:
     if not names or not len(ranked):
         return ranked
     corpus = Corpus(run.spec.corpus)
-    corpus.list_files()
     shard_N, row_N = ranked["shard_id"].to_numpy(), ranked["row"].to_numpy()
     shards = np.unique(shard_N)
     rows_each = [np.unique(row_N[shard_N == shard]) for shard in shards]

@@ -1,6 +1,6 @@
 """Last stage: what a person looks at.
 
-Reads: topk/, queries.parquet, counterparts/*/meta.json, commits/.
+Reads: topk/, queries.parquet, counterparts/*/meta.json.
 Writes: report/contact_sheet.png (where examples are pictures), and report/index.html.
 Resumes: made again as a whole.
 Next: nothing; the run is sealed.
@@ -99,9 +99,8 @@ def title(run: Run) -> str:
 
 
 def _page(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column | None) -> str:
-    receipts = run.receipts()
     facts = [
-        f"{meta['examples']:,} training examples scored, {sum(r.rejects for r in receipts):,} rejected",
+        f"{meta['examples']:,} training examples scored, {meta['rejects']:,} rejected",
         f"{len(run.query_ids)} queries",
         f"producer {run.spec.producer.implementation}",
         f"ranked by the {meta['transform']} score, {meta['k']} per side",

@@ -151,6 +151,7 @@ class Tuner:
         self._task: Task = load_task(run.spec.task)
         self._producer: Producer = load_producer(run.spec.producer)
         self._base: nn.Module = load_model(run.spec.model, device, run.spec.seed)
+        self._base_versions = _tensor_versions(self._base)
         self._queries = decode_queries(run.queries, run.columns)
         self._device = device
 
@@ -170,11 +171,12 @@ class Tuner:
         with user_code(f"query {query_id!r}: {self._run.spec.producer.implementation}"), torch.random.fork_rng():
             torch.manual_seed(seed)
             before = self._query_loss(self._base, query)
-            versions = _tensor_versions(self._base)
             produced = self._producer.produce(self._base, self._task, query, seed)
             after = self._query_loss(produced.model.eval(), query)
         changed = changed_tensors(self._base, produced.model)
-        if _tensor_versions(self._base) != versions:
+        if (
+            _tensor_versions(self._base) != self._base_versions
+        ):  # by this query or an earlier one: all that follow are void
             raise ContractError(
                 f"producer {self._run.spec.producer.implementation} changed the base model; it must tune a copy"
             )

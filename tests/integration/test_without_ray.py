@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -388,6 +389,42 @@ def test_producers_that_do_nothing_or_too_much_are_found(make_spec, name, error,
     assert set() == run.committed_queries()
 
 
+def test_a_dirtied_base_voids_the_queries_that_follow(make_spec):
+    """A producer that changes the base once is refused for every later query too: none is tuned from a wrong base."""
+    run = freeze.freeze(make_spec("producer={name: 'tests.integration.test_without_ray:CarelessOnce'}"))
+    tuner = Tuner(run, "cpu")
+    for query_id in run.query_ids:
+        with pytest.raises(ContractError, match="changed the base model"):
+            tuner.tune(query_id)
+    assert set() == run.committed_queries()
+
+
+def test_a_counterpart_holds_only_what_changed_and_says_how_it_was_made(make_spec):
+    """With one layer tuned, two tensors are saved; meta.json has recipe, seed, steps, losses, norm and digest."""
+    run = freeze.freeze(make_spec("producer.parameters='^9[.]'"))
+    Tuner(run, "cpu").tune("copy-of-3")
+    data, meta = run.counterpart_tensors("copy-of-3"), run.counterpart_meta("copy-of-3")
+    assert {"9.weight", "9.bias"} == set(safetensors.torch.load(data)) == set(meta["changed"])
+    assert (1, 3, run.resolved.fingerprint) == (meta["direction"], meta["steps"], meta["fingerprint"])
+    assert run.spec.producer.model_dump(mode="json") == meta["producer"]
+    assert storage.bytes_digest(data) == meta["tensors"]["sha256"]
+    assert 0.03 == pytest.approx(meta["change_norm"], rel=0.05)  # three steps of length .01, nearly straight
+    assert meta["query_loss_after_nats"] > meta["query_loss_before_nats"]
+
+
+def test_a_task_that_cannot_say_its_columns_is_named(make_spec):
+    """An error in somebody's own columns() is theirs, with its place, before any work."""
+    with pytest.raises(
+        ContractError, match=r"Speechless: KeyError: 'pixels' \(at .*test_without_ray\.py:\d+, columns\)"
+    ):
+        freeze.freeze(make_spec("task={name: 'tests.integration.test_without_ray:Speechless'}"))
+
+
+class Speechless:
+    def columns(self):
+        raise KeyError("pixels")
+
+
 class Idle:
     direction = 1
 
@@ -402,3 +439,17 @@ class Careless:
         with torch.no_grad():
             next(base.parameters()).mul_(1.5)
         return Produced(copy.deepcopy(base), steps=1)
+
+
+class CarelessOnce(Careless):
+    def __init__(self):
+        self.calls = 0
+
+    def produce(self, base, task, query, seed):
+        self.calls += 1
+        if self.calls == 1:
+            return super().produce(base, task, query, seed)
+        model = copy.deepcopy(base)
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.5)
+        return Produced(model, steps=1)
