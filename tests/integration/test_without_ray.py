@@ -373,7 +373,7 @@ def test_number_like_query_ids_are_text_everywhere(make_spec, world, tmp_path):
     run = run_without_ray(make_spec(f"queries.uri={path}"))
     finish(run)
     assert {"007", "42"} == set(pq.read_table(run.uri("scores"), partitioning=None)["query_id"].to_pylist())
-    sql = f"SELECT DISTINCT query_id FROM read_parquet('{run.uri('scores')}/*/*.parquet', hive_partitioning=false) ORDER BY ALL"
+    sql = f"SELECT DISTINCT query_id FROM '{run.uri('scores')}/*/*.parquet' ORDER BY ALL"
     assert [("007",), ("42",)] == duckdb.sql(sql).fetchall()
 
 
