@@ -19,6 +19,7 @@ from pipeline.artifacts import Run
 from pipeline.score import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tune import Tuner
+from tests import seaweed
 
 CORPUS_ROWS = 150
 QUERY_ROWS = (3, 77)
@@ -108,8 +109,20 @@ def read_scores(run: Run) -> pa.Table:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """An embedded Ray that the tests of a session share; the pipeline uses a cluster that is connected already."""
+def s3() -> Iterator[seaweed.Store]:
+    """A real S3 store, whose keys and endpoint are in the environment from here on: see tests/seaweed.py."""
+    with seaweed.store() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3: seaweed.Store) -> Iterator[None]:
+    """An embedded Ray that the tests of a session share; the pipeline uses a cluster that is connected already.
+
+    Its workers have the environment of the moment of its start, so the store's keys come first.
+    """
     import ray
 
     from pipeline.cluster import _environment, _quieten
