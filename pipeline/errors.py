@@ -6,8 +6,10 @@
     ├── ContractError           exit 4   a model, task or producer does not keep its side of the protocol
     ├── NumericsError           exit 5   losses or weights are not finite
     ├── ArtifactError           exit 6   a run folder is damaged or belongs to another spec
-    ├── StorageError            exit 7   the store refused or did not answer
-    └── ClusterError            exit 8   Ray cannot give what was asked for, or a worker died too often
+    ├── StorageError            exit 7   the store refused
+    │   └── UnavailableError    exit 7   it did not answer, or asked to slow down, to the last try
+    ├── ClusterError            exit 8   Ray cannot give what was asked for, or a worker died too often
+    └── QuarantineError         exit 9   shards were given up; all others are scored
 
 A message says what failed, where, got against expected; the hint says what to do. Errors cross process borders: they
 pickle with message and hint.
@@ -67,9 +69,14 @@ class ArtifactError(PipelineError):
 
 
 class StorageError(PipelineError):
-    """The store refused an operation or did not answer."""
+    """The store refused an operation."""
 
     exit_code = 7
+
+
+class UnavailableError(StorageError):
+    """The store did not answer or asked to slow down; the same may work later."""
+
     retryable = True
 
 
@@ -77,3 +84,9 @@ class ClusterError(PipelineError):
     """Ray cannot give the resources asked for, or workers died too often."""
 
     exit_code = 8
+
+
+class QuarantineError(PipelineError):
+    """Shards could not be scored after bounded attempts; every other shard is scored and committed."""
+
+    exit_code = 9

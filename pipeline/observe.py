@@ -8,16 +8,43 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PLAIN_EVERY_S = 5.0
+SELDOM_S = 10.0
+MAX_UNSENT = 100
+
+_seldom = threading.Lock()
+_last_said: dict[str, tuple[float, int]] = {}
+_unsent: deque[str] = deque(maxlen=MAX_UNSENT)
 
 
 def say(text: str) -> None:
     """One notice for a person."""
+    _unsent.append(text)
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def say_seldom(key: str, text: str) -> None:
+    """A notice that may come in swarms: of one key at most one in SELDOM_S seconds, with how many were left out."""
+    now_s = time.monotonic()
+    with _seldom:
+        last_s, left_out = _last_said.get(key, (-SELDOM_S, 0))
+        quiet = now_s - last_s < SELDOM_S
+        _last_said[key] = (last_s, left_out + 1) if quiet else (now_s, 0)
+    if not quiet:
+        say(text + (f" ({left_out:,} more like it since the last time)" if left_out else ""))
+
+
+def unsent() -> list[str]:
+    """What was said in this process since the last call, at most the last MAX_UNSENT: a worker hands it home."""
+    heard = []
+    while _unsent:
+        heard.append(_unsent.popleft())
+    return heard
 
 
 def duration(seconds: float) -> str:

@@ -1,20 +1,54 @@
-"""Bytes at a URI, local or on any store that fsspec opens. Foreign errors are mapped to the tree here, and here only."""
+"""Bytes at a URI, local or on any store that fsspec opens.
+
+Reading is pyarrow's where it can (S3, local disks: in C++, several requests at a time); listing, asking and writing is
+fsspec's, which knows ETags and conditional PUTs. A request that may pass is repeated here, a bounded number of times, and said.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
+import threading
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import InputError, StorageError
+from .errors import InputError, StorageError, UnavailableError
+from .observe import say_seldom
+from .storage_errors import is_taken, mapped
 
 CHUNK_BYTES = 1 << 22
+TRIES = 8
+"""Of one request that may pass: with the pauses below about half a minute."""
+FIRST_TRIES = 4
+"""Of a store that has not answered this process yet: more likely a wrong endpoint than a bad moment."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 20.0
+"""A store that is silent for so long is asked again."""
+_S3 = ("s3", "s3a")
+_Result = TypeVar("_Result")
+
+_answered: set[str] = set()
+_repeating = threading.local()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One object as a listing shows it."""
+
+    size_bytes: int
+    modified_s: float
 
 
 def absolute(uri: str) -> str:
@@ -24,55 +58,116 @@ def absolute(uri: str) -> str:
 
 
 def locate(uri: str) -> tuple[Any, str]:
-    """The file system that serves a URI, and the path in it.
+    """The fsspec file system that serves a URI, and the path in it.
 
     Raises:
         StorageError: No file system is known for the URI's scheme, or it cannot be set up.
     """
+    options: dict[str, Any] = {}
+    if _scheme(uri) in _S3:  # nothing remembered between two looks; no repeating below ours
+        timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": ANSWER_TIMEOUT_S}
+        options = {"use_listings_cache": False, "config_kwargs": {"retries": {"max_attempts": 1}, **timeouts}}
     try:
-        fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri))
+        fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri), **options)
     except (ValueError, ImportError, OSError) as error:
         raise StorageError(
             f"{uri}: {error}", "a local path, s3://bucket/key, or another scheme that fsspec opens"
         ) from error
+    if options:
+        fs.retries = 1
     return fs, str(path)
 
 
-@contextmanager
-def mapped(uri: str) -> Iterator[None]:
-    """Map what file systems raise: a missing file is an InputError, anything else a StorageError."""
-    try:
-        yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise InputError(f"{uri} does not exist or is not a file") from error
-    except PermissionError as error:
-        raise StorageError(
-            f"{uri}: access denied", "check the path's permissions or the credentials in the environment"
-        ) from error
-    except OSError as error:
-        raise StorageError(f"{uri}: {error}") from error
+def data_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow file system that reads a URI, and the path in it. Raises StorageError."""
+    fs, path = locate(uri)
+    if isinstance(fs, LocalFileSystem):
+        return pafs.LocalFileSystem(), path
+    if _scheme(uri) in _S3:
+        with mapped(uri):
+            return _s3(path.split("/", 1)[0]), path
+    return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+@lru_cache
+def _s3(bucket: str) -> pafs.S3FileSystem:
+    """The S3 of pyarrow, with what it does not take from the environment by itself."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region or (None if endpoint else pafs.resolve_s3_region(bucket)),
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=ANSWER_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
+    )
+
+
+def _scheme(uri: str) -> str:
+    return uri.split("://", 1)[0] if "://" in uri else ""
+
+
+def retried(uri: str, action: Callable[[], _Result]) -> _Result:
+    """Do something that may be done twice, again and again while the store says that it may pass.
+
+    Inside another such action it is done once: the outermost repeats.
+
+    Raises:
+        UnavailableError: It did not pass; with the number of tries.
+        InputError, StorageError: As `mapped`, at once.
+    """
+    if getattr(_repeating, "within", False):
+        with mapped(uri):
+            return action()
+    started_s, store = time.monotonic(), "/".join(uri.split("/")[:3])
+    for tried in range(1, TRIES + 1):
+        tries = TRIES if store in _answered else FIRST_TRIES
+        _repeating.within = True
+        try:
+            with mapped(uri):
+                result = action()
+            _answered.add(store)
+            return result
+        except UnavailableError as error:
+            if tried >= tries:
+                waited = f"tried {tried} times in {time.monotonic() - started_s:.0f} s"
+                raise UnavailableError(f"{error.message}; {waited}", error.hint) from error
+            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (tried - 1)) * random.uniform(0.5, 1.5)
+            say_seldom(store, f"warning: {error.message}; trying again, at most {tries} times")
+        finally:
+            _repeating.within = False
+        time.sleep(pause_s)
+    raise AssertionError("unreachable")
 
 
 def exists(uri: str) -> bool:
-    """Whether an object or folder stands at the URI."""
-    fs, path = locate(uri)
-    with mapped(uri):
-        return bool(fs.exists(path))
+    """Whether an object or folder stands at the URI. Raises StorageError: not to know is not a no."""
+    try:
+        stat(uri)
+    except InputError:
+        return False
+    return True
 
 
 def read_bytes(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """An object's bytes, or those from `start` to before `stop`. Raises InputError, StorageError."""
-    fs, path = locate(uri)
-    with mapped(uri):
-        return bytes(fs.cat_file(path, start=start, end=stop))
+
+    def action() -> bytes:
+        with reading(uri) as file:
+            if start is None and stop is None:
+                return file.read()
+            end = file.size() if stop is None else stop
+            return file.read_at(end - (start or 0), start or 0)
+
+    return retried(uri, action)
 
 
 @contextmanager
-def reading(uri: str) -> Iterator[BinaryIO]:
-    """An object open for reading, seekable. Raises InputError, StorageError."""
-    fs, path = locate(uri)
-    with mapped(uri), fs.open(path, "rb") as file:
-        yield cast(BinaryIO, file)
+def reading(uri: str) -> Iterator[pa.NativeFile]:
+    """An object open for reading, seekable. What is read is not repeated: see `retried`. Raises InputError, StorageError."""
+    fs, path = data_filesystem(uri)
+    with mapped(uri), fs.open_input_file(path) as file:
+        yield file
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -80,19 +175,53 @@ def write_bytes(uri: str, data: bytes) -> None:
 
     Readers see the old bytes or the new ones, never a part. Raises StorageError.
     """
-    fs, path = locate(uri)
+    _put(uri, data, only_new=False)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write an object whole if nothing stands there: a conditional PUT, or a hard link on a local disk.
+
+    False if something does. That may be an earlier try of the same PUT, stored though its answer was lost: look and compare.
+    Raises StorageError, also where the store does not know conditional PUTs (or ignores them: see `creates`).
+    """
     try:
-        with mapped(uri):
-            _write(fs, path, data)
+        _put(uri, data, only_new=True)
+    except StorageError as error:
+        if error.__cause__ is not None and is_taken(error.__cause__):
+            return False
+        raise
+    return True
+
+
+def creates(folder_uri: str) -> bool:
+    """Whether the store keeps `create_bytes`'s promise, by trying. Raises StorageError if it cannot be written at all."""
+    probe = f"{folder_uri}/.probe-{uuid.uuid4().hex}"
+    write_bytes(probe, b"first")
+    try:
+        return not create_bytes(probe, b"second")
+    except UnavailableError:
+        raise
+    except (StorageError, TypeError, NotImplementedError):
+        return False
+    finally:
+        remove(probe)
+
+
+def _put(uri: str, data: bytes, only_new: bool) -> None:
+    fs, path = locate(uri)
+    write = _write_local if isinstance(fs, LocalFileSystem) else _write_remote
+    try:
+        retried(uri, lambda: write(fs, path, data, only_new))
     except InputError as error:  # "no such file" means something else where one is to be made
         raise StorageError(f"{uri} cannot be written: {error.__cause__}") from error
 
 
-def _write(fs: Any, path: str, data: bytes) -> None:
+def _write_remote(fs: Any, path: str, data: bytes, only_new: bool) -> None:
+    fs.pipe_file(path, data, mode="create" if only_new else "overwrite")
+
+
+def _write_local(_: Any, path: str, data: bytes, only_new: bool) -> None:
     """Write whole, or leave what was there."""
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
-        return
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
@@ -101,33 +230,65 @@ def _write(fs: Any, path: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if only_new:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):  # not renamed: something failed
+        with suppress(FileNotFoundError):  # renamed
             os.unlink(temporary)
 
 
 def names(uri: str) -> list[str]:
     """Sorted names of what lies directly in a folder; nothing if it is not there. Raises StorageError."""
     fs, path = locate(uri)
-    with mapped(uri):
-        try:
-            found = (
-                fs.ls(path, detail=False, refresh=True)
-                if not isinstance(fs, LocalFileSystem)
-                else fs.ls(path, detail=False)
-            )
-        except FileNotFoundError:
-            return []
-    return sorted(name for item in found if not (name := item.rstrip("/").rsplit("/", 1)[-1]).startswith("."))
+    try:
+        found = retried(uri, lambda: fs.ls(path, detail=False))
+    except InputError:
+        return []
+    below = (
+        item.rstrip("/") for item in found if item.rstrip("/") != path.rstrip("/")
+    )  # S3 lists the folder itself, too
+    return sorted(name for item in below if not (name := item.rsplit("/", 1)[-1]).startswith("."))
+
+
+def objects(uri: str) -> dict[str, Stored]:
+    """Everything under a folder, hidden names too: path in the folder -> size and time. Raises StorageError."""
+    fs, path = locate(uri)
+    try:
+        found = retried(uri, lambda: fs.find(path, detail=True))
+    except InputError:
+        return {}
+    start = len(path.rstrip("/")) + 1
+    return {
+        name[start:]: Stored(int(info["size"]), _modified_s(info))
+        for name, info in found.items()
+        if info["type"] == "file" and name[start:]
+    }
+
+
+def _modified_s(info: dict[str, Any]) -> float:
+    value = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0
+    return value.timestamp() if isinstance(value, datetime) else float(value)
+
+
+def remove(uri: str) -> None:
+    """Delete an object, if it is there. Raises StorageError."""
+    fs, path = locate(uri)
+    with suppress(InputError):
+        retried(uri, lambda: fs.rm_file(path))
 
 
 def remove_folder(uri: str) -> None:
     """Delete a folder and everything in it, if it is there. Raises StorageError."""
     fs, path = locate(uri)
-    with mapped(uri):
+
+    def action() -> None:
         if fs.exists(path):
             fs.rm(path, recursive=True)
+
+    with suppress(InputError):
+        retried(uri, action)
 
 
 def version(info: dict[str, Any]) -> str:
@@ -138,18 +299,21 @@ def version(info: dict[str, Any]) -> str:
 def stat(uri: str) -> tuple[int, str]:
     """Size in bytes and version of one object. Raises InputError, StorageError."""
     fs, path = locate(uri)
-    with mapped(uri):
-        info = fs.info(path)
-    return int(info["size"]), version(info)
+    info = retried(uri, lambda: fs.info(path))
+    return int(info["size"] or 0), version(info)
 
 
 def file_digest(uri: str) -> str:
     """sha256 of an object, streamed. Raises InputError, StorageError."""
-    digest = hashlib.sha256()
-    with reading(uri) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+
+    def action() -> str:
+        digest = hashlib.sha256()
+        with reading(uri) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    return retried(uri, action)
 
 
 def bytes_digest(data: bytes) -> str:

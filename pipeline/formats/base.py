@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -45,8 +45,7 @@ def corpus_root(uri: str) -> str:
         while any(wildcard in head for wildcard in "*?["):
             head = head.rsplit("/", 1)[0]
         return head
-    with storage.mapped(uri):
-        return path if fs.isdir(path) else path.rsplit("/", 1)[0]
+    return path if storage.retried(uri, lambda: fs.isdir(path)) else path.rsplit("/", 1)[0]
 
 
 def relative_path(path: str, root: str) -> str:
@@ -59,19 +58,21 @@ def _hidden(name: str, root: str) -> bool:
     return any(part[0] in "._" for part in below.split("/"))
 
 
+def _found(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+    """Path -> info of all that a folder, glob or file name stands for."""
+    if any(wildcard in path for wildcard in "*?["):
+        return fs.glob(path, detail=True)
+    info = fs.info(path)  # not isfile: it takes a store that does not answer for a no
+    return {path: info} if info["type"] == "file" else fs.find(path, detail=True)
+
+
 def find_files(uri: str, suffixes: Collection[str]) -> list[SourceFile]:
     """Files with one of the suffixes under a folder, matching a glob, or the one file named; sorted by path.
 
     Names that begin with a dot or underscore are passed over. Raises InputError if there is none, StorageError.
     """
     fs, path = storage.locate(storage.absolute(uri))
-    with storage.mapped(uri):
-        if any(wildcard in path for wildcard in "*?["):
-            found = fs.glob(path, detail=True)
-        elif fs.isfile(path):
-            found = {path: fs.info(path)}
-        else:
-            found = fs.find(path, detail=True)
+    found = storage.retried(uri, lambda: _found(fs, path))
     root = corpus_root(uri)
     files = [
         SourceFile(

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from .. import storage
 from ..errors import InputError
 from ..records import Measured, Rows, Shard, SourceFile
+from ..storage_errors import is_store_error
 from .base import find_files
 
 
@@ -64,5 +65,7 @@ def _reading(path: str) -> Iterator[BinaryIO]:
             yield source
         except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowNotImplementedError) as error:
             raise InputError(f"{path} cannot be read as Parquet: {error}") from error
-        except OSError as error:  # pyarrow raises a bare OSError for damaged pages
+        except OSError as error:
+            if is_store_error(error):
+                raise
             raise InputError(f"{path} cannot be read as Parquet: {error}") from error

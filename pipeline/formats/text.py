@@ -50,7 +50,7 @@ def _measure(file: SourceFile, quoted: bool, header: bool) -> tuple[int, tuple[i
     """Rows, byte offset of every STRIDE-th with the end behind, and the first records (with the header)."""
     offsets, rows, head = [], 0, []
     with storage.reading(file.path) as source:
-        for position, (offset, record) in enumerate(_records(source, quoted)):
+        for position, (offset, record) in enumerate(_records(io.BufferedReader(source, storage.CHUNK_BYTES), quoted)):
             if position < LOOK_ROWS:
                 head.append(record)
             if header and position == 0:

@@ -28,7 +28,9 @@ def test_exit_codes_tell_the_kinds_apart():
         "NumericsError": 5,
         "ArtifactError": 6,
         "StorageError": 7,
+        "UnavailableError": 7,
         "ClusterError": 8,
+        "QuarantineError": 9,
     } == codes
     for name, code in codes.items():
         assert any(name in line and f"exit {code}" in line for line in (errors.__doc__ or "").splitlines())
