@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from .errors import InputError, SpecError
 from .extensions import load_format
 from .formats.base import Format, corpus_root, find_files, relative_path
 from .plan import make_shards
-from .records import Column, Measured, Reject, Shard, SourceFile
+from .records import Column, Measured, Reject, Rows, Shard, SourceFile
 from .spec import CorpusSection, QueriesSection
 
 LISTING_THREADS = 16
@@ -81,7 +82,10 @@ class Corpus:
 
     def rows(self, file: SourceFile) -> int:
         """Rows of one file. Raises InputError, StorageError."""
-        return self._format.measure(file).rows
+        return self._measure(file).rows
+
+    def _measure(self, file: SourceFile) -> Measured:
+        return storage.retried(file.path, lambda: self._format.measure(file))
 
     def measure(self, files: Sequence[SourceFile], columns: Sequence[Column]) -> list[Measured]:
         """Open every file once for its rows and columns, and check that it has what the run reads.
@@ -90,7 +94,7 @@ class Corpus:
             InputError: A file cannot be read, lacks a column or has it in a type that cannot be decoded; the corpus is empty.
         """
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            measured = list(pool.map(self._format.measure, files))
+            measured = list(pool.map(self._measure, files))
         for one in measured:
             self._check_columns(one, columns)
         if not sum(one.rows for one in measured):
@@ -115,7 +119,7 @@ class Corpus:
         self._check_unchanged(shard)
         ids, sources = self.section.example_id, self.section.source
         named = [name for column in columns for name in column.columns] + [name for name in (ids, sources) if name]
-        rows = self._format.read(shard, list(dict.fromkeys(named)))
+        rows = self._read(shard, list(dict.fromkeys(named)))
         id_N = _as_text(rows.table, ids) if ids else self._made_ids(shard, rows.row_N)
         source_N = _as_text(rows.table, sources) if sources else pa.nulls(len(rows.table), pa.string())
         arrays, good_N, rejects = decode(rows.table, rows.row_N, columns)
@@ -129,6 +133,9 @@ class Corpus:
         mask = pa.array(good_N)
         rejects = sorted([*rows.rejects, *rejects], key=lambda reject: reject.row)
         return Examples(id_N.filter(mask), source_N.filter(mask), rows.row_N[good_N], arrays, rejects)
+
+    def _read(self, shard: Shard, columns: Sequence[str]) -> Rows:
+        return storage.retried(shard.path, lambda: self._format.read(shard, columns))
 
     def _check_unchanged(self, shard: Shard) -> None:
         if shard.members is not None:
@@ -152,10 +159,10 @@ class Corpus:
         self._check_unchanged(shard)
         if shard.members is not None:  # each image is a file of its own
             picked = [shard.members[row - shard.row_start] for row in rows]
-            return self._format.read(replace(shard, members=tuple(picked), rows=len(rows)), list(names)).table
+            return self._read(replace(shard, members=tuple(picked), rows=len(rows)), list(names)).table
         if shard.byte_start is None:  # row groups between the first and the last
             shard = replace(shard, row_start=min(rows), rows=max(rows) - min(rows) + 1)
-        read = self._format.read(shard, list(names))
+        read = self._read(shard, list(names))
         return read.table.take(np.searchsorted(read.row_N, np.asarray(rows)))
 
     def check_ids(self, shards: Sequence[Shard]) -> None:
@@ -185,7 +192,7 @@ class Corpus:
     def _ids(self, shards: Sequence[Shard], name: str) -> Iterator[tuple[str, np.ndarray, pa.Array]]:
         """File, positions in it, and ids, shard after shard."""
         for shard in shards:
-            rows = self._format.read(shard, [name])
+            rows = self._read(shard, [name])
             yield shard.path, rows.row_N, _as_text(rows.table, name)
 
     def _places(self, shards: Sequence[Shard], name: str, wanted: set[str]) -> dict[str, list[str]]:
@@ -252,12 +259,12 @@ def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Se
     id_column = section.query_id or ("path" if name == "image_folder" else "query_id")
     tables = []
     for file in reader.files(section.uri):
-        measured = reader.measure(file)
+        measured = storage.retried(file.path, partial(reader.measure, file))
         if not measured.rows:
             continue
         check_columns(measured, columns, {"queries.query_id": [id_column]})
         for shard in make_shards([measured], WHOLE_FILE_ROWS):
-            rows = reader.read(shard, list(measured.columns))
+            rows = storage.retried(shard.path, partial(reader.read, shard, list(measured.columns)))
             _, _, rejects = decode(rows.table, rows.row_N, columns)
             for reject in sorted([*rows.rejects, *rejects], key=lambda one: one.row):
                 raise InputError(

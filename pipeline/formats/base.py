@@ -62,7 +62,10 @@ def _found(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     """Path -> info of all that a folder, glob or file name stands for."""
     if any(wildcard in path for wildcard in "*?["):
         return fs.glob(path, detail=True)
-    info = fs.info(path)  # not isfile: it takes a store that does not answer for a no
+    try:
+        info = fs.info(path)  # not isfile: it takes a store that does not answer for a no
+    except FileNotFoundError:
+        return {}
     return {path: info} if info["type"] == "file" else fs.find(path, detail=True)
 
 
