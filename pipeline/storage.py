@@ -66,7 +66,7 @@ def locate(uri: str) -> tuple[Any, str]:
     options: dict[str, Any] = {}
     if _scheme(uri) in _S3:  # nothing remembered between two looks; no repeating below ours
         timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": ANSWER_TIMEOUT_S}
-        options = {"use_listings_cache": False, "config_kwargs": {"retries": {"max_attempts": 1}, **timeouts}}
+        options = {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}, **timeouts}}
     try:
         fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri), **options)
     except (ValueError, ImportError, OSError) as error:
@@ -117,15 +117,13 @@ def retried(uri: str, action: Callable[[], _Result]) -> _Result:
         InputError, StorageError: As `mapped`, at once.
     """
     if getattr(_repeating, "within", False):
-        with mapped(uri):
-            return action()
-    started_s, store = time.monotonic(), "/".join(uri.split("/")[:3])
+        return _once(uri, action)
+    started_s, store = time.monotonic(), _store(uri)
     for tried in range(1, TRIES + 1):
         tries = TRIES if store in _answered else FIRST_TRIES
         _repeating.within = True
         try:
-            with mapped(uri):
-                result = action()
+            result = _once(uri, action)
             _answered.add(store)
             return result
         except UnavailableError as error:
@@ -138,6 +136,26 @@ def retried(uri: str, action: Callable[[], _Result]) -> _Result:
             _repeating.within = False
         time.sleep(pause_s)
     raise AssertionError("unreachable")
+
+
+def _once(uri: str, action: Callable[[], _Result]) -> _Result:
+    """Do something; where nothing is there, see whether that is for want of the bucket: a HEAD does not say."""
+    try:
+        with mapped(uri):
+            return action()
+    except InputError:
+        store = _store(uri)
+        if _scheme(uri) in _S3 and store not in _answered:
+            fs, bucket = locate(store)
+            with mapped(store):
+                fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
+            _answered.add(store)
+        raise
+
+
+def _store(uri: str) -> str:
+    """What answers as one: scheme and bucket."""
+    return "/".join(uri.split("/")[:3])
 
 
 def exists(uri: str) -> bool:
