@@ -5,6 +5,7 @@ Order is total: by value, then by example_id, so ties always fall the same way.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .records import PARTIAL_TOPK, RANKED, SOURCES, Side, Transform
+
+PENDING_PER_K = 4
+"""Rows that a RunningTopk holds back before it sorts them, per k."""
 
 
 def transform_value(score_N: np.ndarray, base_loss_N: np.ndarray, transform: Transform, eps: float) -> np.ndarray:
@@ -32,6 +36,25 @@ def transform_value(score_N: np.ndarray, base_loss_N: np.ndarray, transform: Tra
             return (score_N.astype(np.float64) / (base_loss_N.astype(np.float64) + eps)).astype(np.float32)
 
 
+def value_range(
+    score: tuple[float, float], base_loss: tuple[float, float] | None, transform: Transform, eps: float
+) -> tuple[float, float]:
+    """Lowest and highest value that rows can have whose columns lie in these ranges (lowest, highest); perhaps infinite."""
+    low, high = score
+    match transform:
+        case "signed":
+            return low, high
+        case "absolute":
+            return 0.0, max(abs(low), abs(high))
+        case "relative":
+            if base_loss is None or base_loss[0] + eps <= 0:
+                return -np.inf, np.inf
+            corners = transform_value(
+                np.array([low, low, high, high]), np.array([*base_loss, *base_loss]), transform, eps
+            )
+            return float(corners.min()), float(corners.max())
+
+
 def transform_name(transform: Transform, eps: float) -> str:
     """A transform with its parameter, as commits and tables name it."""
     return f"relative:{eps:g}" if transform == "relative" else transform
@@ -42,10 +65,20 @@ def sides(transform: Transform) -> tuple[Side, ...]:
     return ("proponent",) if transform == "absolute" else ("proponent", "opponent")
 
 
+def deciding(transform: Transform) -> list[str]:
+    """Columns of SCORES that a row's value is made of."""
+    return ["score", "base_loss"] if transform == "relative" else ["score"]
+
+
+def values(scores: pa.Table, transform: Transform, eps: float) -> np.ndarray:
+    """Values of rows that have the `deciding` columns: [N] float32."""
+    score_N, base_loss_N = (scores[name].to_numpy() for name in ("score", deciding(transform)[-1]))
+    return transform_value(score_N, base_loss_N, transform, eps)
+
+
 def with_value(scores: pa.Table, transform: Transform, eps: float) -> pa.Table:
-    """A table of SCORES with the column `value` behind."""
-    value_N = transform_value(scores["score"].to_numpy(), scores["base_loss"].to_numpy(), transform, eps)
-    return scores.append_column(PARTIAL_TOPK.field("value"), pa.array(value_N))
+    """A table of SCORES, or of its `deciding` columns and others, with the column `value` behind."""
+    return scores.append_column(PARTIAL_TOPK.field("value"), pa.array(values(scores, transform, eps)))
 
 
 def partial_topk(valued: pa.Table, k: int, transform: Transform) -> pa.Table:
@@ -73,15 +106,99 @@ def _strongest(valued: pa.Table, k: int, descending: bool) -> pa.Table:
     return valued.take(pc.sort_indices(valued, sort_keys=keys)[:k])
 
 
+class RunningTopk:
+    """The k strongest rows of one query on each side, fed piece by piece in any order, from any number of threads.
+
+    What a piece must reach to count is known from the values seen so far, so callers look at the values first and read the
+    rest of a row only where it can matter. Memory is a few k of rows, whatever is fed.
+
+    Args:
+        k: Rows per side.
+        transform: Says which sides there are.
+    """
+
+    def __init__(self, k: int, transform: Transform) -> None:
+        self._k, self._transform = k, transform
+        self._lock = threading.Lock()
+        # Per side the best values so far, negated where high ones are best: a row counts up to the k-th smallest of them.
+        self._signs = [np.float32(-1 if side == "proponent" else 1) for side in sides(transform)]
+        self._best = [np.empty(0, np.float32) for _ in self._signs]
+        self._pieces: list[pa.Table] = []
+        self._top: list[pa.Table] = []
+
+    def _limits(self) -> list[np.float32]:
+        return [best.max() if len(best) >= self._k else np.float32(np.inf) for best in self._best]
+
+    def may_reach(self, lowest: float, highest: float) -> bool:
+        """Whether rows with values in this range could be among the k."""
+        with self._lock:
+            limits = self._limits()
+        return any(min(sign * lowest, sign * highest) <= limit for sign, limit in zip(self._signs, limits, strict=True))
+
+    def reaching(self, value_N: np.ndarray) -> np.ndarray:
+        """Positions of the rows that could be among the k, by value alone; ties with the k-th are kept."""
+        chosen_N = np.zeros(len(value_N), bool)
+        with self._lock:
+            limits = self._limits()
+        for side, sign in enumerate(self._signs):
+            order_N = sign * value_N
+            near = order_N[order_N <= limits[side]]
+            with self._lock:
+                near = np.concatenate([self._best[side], near])
+                self._best[side] = np.partition(near, self._k - 1)[: self._k] if len(near) > self._k else near
+                chosen_N |= order_N <= self._limits()[side]
+        return np.flatnonzero(chosen_N)
+
+    def add(self, valued: pa.Table) -> None:
+        """Rows that `reaching` chose: SCORES with `value`."""
+        with self._lock:
+            self._pieces.append(valued)
+            if sum(map(len, self._pieces)) > PENDING_PER_K * self._k:
+                self._settle()
+
+    def _settle(self) -> None:
+        if self._pieces:
+            part = partial_topk(pa.concat_tables(self._pieces), self._k, self._transform)
+            self._top, self._pieces = [merge_topk([*self._top, part], self._k)], []
+
+    def top(self) -> pa.Table:
+        """What was found: PARTIAL_TOPK, sorted as `merge_topk` sorts."""
+        with self._lock:
+            self._settle()
+        return self._top[0] if self._top else PARTIAL_TOPK.empty_table()
+
+
 def merge_topk(partials: Sequence[pa.Table], k: int) -> pa.Table:
     """Partial top-k tables as one, still at most k rows per query and side, sorted, without ranks."""
-    table = pa.concat_tables(partials)
+    table = pa.concat_tables(partials).combine_chunks()
     strength = pc.if_else(pc.equal(table["side"], "proponent"), pc.negate(table["value"]), table["value"])
-    keyed = table.append_column("strength", strength)
+    near = pa.array(
+        _within_N(_group_N(table), strength.to_numpy(), k)
+    )  # sorting text is slow: only what can be among the k
+    keyed = table.append_column("strength", strength).filter(near)
     # "proponent" sorts behind "opponent": descending puts the answer people look for first.
     keys = [("query_id", "ascending"), ("side", "descending"), ("strength", "ascending"), ("example_id", "ascending")]
-    table = table.take(pc.sort_indices(keyed, sort_keys=keys))
+    table = keyed.take(pc.sort_indices(keyed, sort_keys=keys)).drop_columns("strength")
     return table.filter(pa.array(_rank_N(table) <= k))
+
+
+def _within_N(group_N: np.ndarray, strength_N: np.ndarray, k: int) -> np.ndarray:
+    """Which rows are at or beyond the k-th of their group: [N] bool."""
+    if not len(group_N):
+        return np.empty(0, bool)
+    order_N = np.lexsort((strength_N, group_N))
+    sorted_N = group_N[order_N]
+    starts = np.flatnonzero(np.r_[True, sorted_N[1:] != sorted_N[:-1]])
+    last = np.minimum(starts + k, np.r_[starts[1:], len(sorted_N)]) - 1
+    kth = np.empty(group_N.max() + 1, strength_N.dtype)
+    kth[sorted_N[starts]] = strength_N[order_N[last]]
+    return strength_N <= kth[group_N]
+
+
+def _group_N(table: pa.Table) -> np.ndarray:
+    """A number for each row's (query_id, side)."""
+    query_N = table["query_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return 2 * query_N.astype(np.int64) + pc.equal(table["side"], "proponent").to_numpy()
 
 
 def with_rank(merged: pa.Table) -> pa.Table:
@@ -94,8 +211,7 @@ def _rank_N(table: pa.Table) -> np.ndarray:
     """Position from 1 of each row within its run of equal (query_id, side)."""
     if not len(table):
         return np.empty(0, np.int64)
-    group = pc.binary_join_element_wise(table["query_id"], table["side"], "\0")
-    codes_N = group.combine_chunks().dictionary_encode().indices.to_numpy()
+    codes_N = _group_N(table)
     starts = np.flatnonzero(np.r_[True, codes_N[1:] != codes_N[:-1]])
     return np.arange(len(table)) - np.repeat(starts, np.diff(np.r_[starts, len(table)])) + 1
 

@@ -10,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.records import SCORES
-from pipeline.topk import merge_sources, merge_topk, partial_topk, source_sums, transform_value, with_rank, with_value
+from pipeline.topk import (
+    RunningTopk,
+    deciding,
+    merge_sources,
+    merge_topk,
+    partial_topk,
+    source_sums,
+    transform_value,
+    value_range,
+    values,
+    with_rank,
+    with_value,
+)  # fmt: skip
 
 few = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 1.0, 3.0])  # few values: many ties
 rows = st.lists(st.tuples(few, st.sampled_from(["a", "b", None])), min_size=1, max_size=60)
@@ -42,6 +54,94 @@ def test_merged_parts_equal_the_whole(pairs, k, cuts, random):
     whole = merge_topk([partial_topk(valued, k, "signed")], k)
     assert whole.equals(merge_topk(parts, k))
     assert whole.equals(merge_topk([merge_topk(parts[:1], k), *parts[1:]], k))
+
+
+def fed(running, table, transform):
+    """What the rank stage does with a score file: look at the values, then take the rows that count."""
+    position_N = running.reaching(values(table.select(deciding(transform)), transform, 1e-3))
+    if len(position_N):
+        running.add(with_value(table.take(pa.array(position_N)), transform, 1e-3))
+    return len(position_N)
+
+
+@given(
+    rows, st.integers(1, 8), st.lists(st.integers(0, 60), max_size=6), st.sampled_from(["signed", "absolute", "relative"]),
+    st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_a_running_topk_equals_the_partials_way(pairs, k, cuts, transform, random):
+    """Fed in pieces, in any order, with many ties, fewer rows than k or none: the rows that sorting everything lists."""
+    table = scores(pairs)
+    edges = sorted({0, len(pairs), *(cut for cut in cuts if cut < len(pairs))})
+    pieces = [table.slice(a, b - a) for a, b in pairwise(edges)] + [table.slice(0, 0)]
+    random.shuffle(pieces)
+    running = RunningTopk(k, transform)
+    for piece in pieces:
+        fed(running, piece, transform)
+    assert merge_topk([partial_topk(with_value(table, transform, 1e-3), k, transform)], k).equals(running.top())
+
+
+def test_equal_values_everywhere_are_told_apart_by_id_in_little_memory():
+    """50 pieces of 200 rows of one value: the k lowest ids of all, and never more than a few k of rows held back."""
+    running = RunningTopk(3, "signed")
+    pieces = [scores([(1.0, None)] * 10_000).slice(200 * i, 200) for i in range(50)]
+    for piece in pieces:
+        assert 200 == fed(running, piece, "signed")
+        assert sum(map(len, running._pieces)) <= 4 * 3 + 200
+    expected = sorted(pa.concat_tables(pieces)["example_id"].to_pylist())[:3]
+    assert expected == running.top().slice(0, 3)["example_id"].to_pylist()
+    assert 6 == len(running.top())
+
+
+def test_what_cannot_count_is_not_asked_for():
+    """Once k strong rows were seen, weaker pieces are passed over, by their values and by their range alone."""
+    running = RunningTopk(2, "signed")
+    assert running.may_reach(0.0, 0.0)
+    fed(running, scores([(5.0, None), (4.0, None), (-5.0, None), (-4.0, None)]), "signed")
+    assert 0 == fed(running, scores([(3.9, None), (-3.9, None)]), "signed")
+    assert not running.may_reach(-3.9, 3.9)
+    assert running.may_reach(-3.9, 4.0)
+    assert running.may_reach(-4.0, 3.9)
+    assert 1 == fed(running, scores([(3.0, None), (4.0, None)]), "signed")
+
+
+@given(
+    st.lists(st.tuples(st.floats(-9, 9, width=32), st.floats(-2, 9, width=32)), min_size=1, max_size=9),
+    st.sampled_from(["signed", "absolute", "relative"]),
+)
+def test_no_value_lies_outside_the_range_of_its_columns(pairs, transform):
+    """A row group's statistics bound the values of its rows, whatever the signs; without them anything is possible."""
+    score_N, base_loss_N = np.float32(pairs).T
+    spans = [(float(column.min()), float(column.max())) for column in (score_N, base_loss_N)]
+    lowest, highest = value_range(*spans, transform, 0.5)
+    with np.errstate(divide="ignore"):
+        value_N = transform_value(score_N, base_loss_N, transform, 0.5)
+    assert lowest <= np.nanmin(value_N, initial=np.inf)
+    assert np.nanmax(value_N, initial=-np.inf) <= highest
+    assert (-np.inf, np.inf) == value_range(spans[0], None, "relative", 0.5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 5), st.integers(0, 40), st.integers(1, 6))
+def test_a_merge_of_many_parts_equals_one_sort(parts, rows_each, k):
+    """Several queries and sides at once, ties across parts: what sorting all rows lists."""
+    rng = np.random.default_rng(parts * 100 + rows_each)
+    tables = []
+    for part in range(parts):
+        for query in ("q", "r"):
+            table = scores([(float(value), None) for value in rng.integers(0, 4, rows_each)], query)
+            named = pa.array([f"{part}-{i}" for i in range(rows_each)], pa.string())
+            tables.append(
+                partial_topk(with_value(table.set_column(0, SCORES.field(0), named), "signed", 1e-3), k, "signed")
+            )
+    order = {"proponent": -1, "opponent": 1}
+    listed = pa.concat_tables(tables).to_pylist()
+    listed.sort(
+        key=lambda row: (row["query_id"], order[row["side"]], order[row["side"]] * row["value"], row["example_id"])
+    )
+    seen = {}
+    expected = [row for row in listed if seen.setdefault((row["query_id"], row["side"]), []).append(0) or True
+                if len(seen[row["query_id"], row["side"]]) <= k]  # fmt: skip
+    assert expected == merge_topk(tables, k).to_pylist()
 
 
 @given(rows, st.integers(1, 8))
