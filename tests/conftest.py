@@ -14,12 +14,13 @@ import pytest
 import safetensors.torch
 
 from jobs import digits
-from pipeline import freeze
+from pipeline import freeze, storage
 from pipeline.artifacts import Run
 from pipeline.score import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tune import Tuner
 from tests import seaweed
+from tests.faults.proxy import Proxy, in_front_of
 
 CORPUS_ROWS = 150
 QUERY_ROWS = (3, 77)
@@ -115,6 +116,23 @@ def s3() -> Iterator[seaweed.Store]:
         for name, value in store.environment.items():
             patch.setenv(name, value)
         yield store
+
+
+@pytest.fixture
+def s3_fresh(s3: seaweed.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[seaweed.Store]:
+    """The store, and storage as in a process that has not spoken to it yet; pauses between tries are short."""
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+    seaweed.forget()
+    yield s3
+    seaweed.forget()
+
+
+@pytest.fixture
+def s3_proxy(s3_fresh: seaweed.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy for faults that all storage of this process and its children goes through; see tests/faults/proxy.py."""
+    with in_front_of(s3_fresh.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
 
 
 @pytest.fixture(scope="session")

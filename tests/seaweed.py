@@ -13,9 +13,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import fsspec
+
+from pipeline import observe, storage
 
 BUCKET, TABLE_BUCKET = "lake", "ice"
 PORTS = range(20_000, 22_700)
@@ -126,7 +130,7 @@ class Store:
 
     endpoint: str
     bucket: str
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
     root: str
     server: Server | None = None
 
@@ -144,6 +148,22 @@ class Store:
     def prefix(self, name: str = "run") -> str:
         """A URI under which nothing is."""
         return f"s3://{self.bucket}/{self.root}/{name}-{uuid.uuid4().hex[:8]}"
+
+
+def upload(path: Path, uri: str) -> str:
+    """A file, or a folder with all that is in it, to a URI; returns the URI."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            storage.write_bytes(f"{uri}/{file.relative_to(path)}" if path.is_dir() else uri, file.read_bytes())
+    return uri
+
+
+def forget() -> None:
+    """Storage as in a fresh process: no connection, nothing known of any store, nothing said yet."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    storage._s3.cache_clear()
+    storage._answered.clear()
+    observe._last_said.clear()
 
 
 def s3_client(environment: dict[str, str]) -> Any:

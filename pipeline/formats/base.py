@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from .. import storage
 from ..errors import InputError
@@ -40,12 +42,23 @@ def corpus_root(uri: str) -> str:
     It asks the store: ask once per corpus. Raises StorageError.
     """
     fs, path = storage.locate(storage.absolute(uri))
-    if any(wildcard in path for wildcard in "*?["):
-        head = path
-        while any(wildcard in head for wildcard in "*?["):
-            head = head.rsplit("/", 1)[0]
-        return head
-    return path if storage.retried(uri, lambda: fs.isdir(path)) else path.rsplit("/", 1)[0]
+    if _has_wildcard(path):
+        return _above_wildcards(path)
+    try:
+        is_folder = storage.retried(uri, lambda: fs.info(path)["type"] == "directory")  # isdir lists all of it
+    except InputError:
+        is_folder = False
+    return path if is_folder else path.rsplit("/", 1)[0]
+
+
+def _has_wildcard(path: str) -> bool:
+    return any(wildcard in path for wildcard in "*?[")
+
+
+def _above_wildcards(path: str) -> str:
+    while _has_wildcard(path):
+        path = path.rsplit("/", 1)[0]
+    return path
 
 
 def relative_path(path: str, root: str) -> str:
@@ -59,14 +72,18 @@ def _hidden(name: str, root: str) -> bool:
 
 
 def _found(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-    """Path -> info of all that a folder, glob or file name stands for."""
-    if any(wildcard in path for wildcard in "*?["):
-        return fs.glob(path, detail=True)
-    try:
+    """Path -> info of all that a folder, glob or file name stands for. Raises FileNotFoundError if that is nothing."""
+    if not _has_wildcard(path):
         info = fs.info(path)  # not isfile: it takes a store that does not answer for a no
-    except FileNotFoundError:
-        return {}
-    return {path: info} if info["type"] == "file" else fs.find(path, detail=True)
+        found = {path: info} if info["type"] == "file" else fs.find(path, detail=True)
+    elif isinstance(fs, LocalFileSystem):
+        found = fs.glob(path, detail=True)
+    else:  # fsspec's glob leaves out folders whose listing fails; one flat listing fails or is whole
+        matches = re.compile(glob_translate(path)).match
+        found = {name: info for name, info in fs.find(_above_wildcards(path), detail=True).items() if matches(name)}
+    if not found:
+        raise FileNotFoundError(path)
+    return found
 
 
 def find_files(uri: str, suffixes: Collection[str]) -> list[SourceFile]:
@@ -75,7 +92,10 @@ def find_files(uri: str, suffixes: Collection[str]) -> list[SourceFile]:
     Names that begin with a dot or underscore are passed over. Raises InputError if there is none, StorageError.
     """
     fs, path = storage.locate(storage.absolute(uri))
-    found = storage.retried(uri, lambda: _found(fs, path))
+    try:
+        found = storage.retried(uri, lambda: _found(fs, path))
+    except InputError as error:
+        raise InputError(f"{uri} does not exist, or is an empty folder") from error
     root = corpus_root(uri)
     files = [
         SourceFile(
@@ -86,8 +106,6 @@ def find_files(uri: str, suffixes: Collection[str]) -> list[SourceFile]:
         for name, info in sorted(found.items())
         if info["type"] == "file" and not _hidden(name, root) and name.lower().endswith(tuple(suffixes))
     ]
-    if not found:
-        raise InputError(f"{uri} does not exist, or is an empty folder")
     if not files:
         raise InputError(
             f"{uri}: none of {len(found)} file(s) there ends in {', '.join(sorted(suffixes))}",

@@ -2,12 +2,11 @@
 
 import re
 
-import fsspec
 import pytest
 
-from pipeline import observe, storage
+from pipeline import storage
 from pipeline.errors import InputError, StorageError, UnavailableError
-from tests.faults.proxy import in_front_of
+from tests.seaweed import forget
 
 DATA = b"0123456789" * 20_000
 READS = {
@@ -33,37 +32,12 @@ def some(argument, every, fast):
     return pytest.mark.parametrize(argument, marked)
 
 
-def forget():
-    """As in a fresh process: no connection, nothing known of any store, nothing said yet."""
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    storage._s3.cache_clear()
-    storage._answered.clear()
-    observe._last_said.clear()
-
-
 @pytest.fixture
-def fresh(s3, monkeypatch):
-    """The store, and a process that has not spoken to it; pauses are short."""
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
-    forget()
-    yield s3
-    forget()
-
-
-@pytest.fixture
-def proxy(fresh, monkeypatch):
-    """A proxy that all storage of this test goes through."""
-    with in_front_of(fresh.endpoint) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
-        yield between
-
-
-@pytest.fixture
-def uri(proxy, fresh):
+def uri(s3_proxy, s3_fresh):
     """An object of DATA; the store has answered once."""
-    made = f"{fresh.prefix('proxied')}/object"
+    made = f"{s3_fresh.prefix('proxied')}/object"
     storage.write_bytes(made, DATA)
-    proxy.clear()
+    s3_proxy.clear()
     return made
 
 
@@ -76,127 +50,127 @@ def refused(action, uri):
 
 @some("fault", ["slow_down", "unavailable", "internal", "bare", "drop"], fast=["slow_down", "bare"])
 @some("name", EVERYTHING, fast=["read", "write"])
-def test_a_bad_answer_is_absorbed_and_said(uri, proxy, capsys, name, fault):
+def test_a_bad_answer_is_absorbed_and_said(uri, s3_proxy, capsys, name, fault):
     """Three in a row, whatever the store was asked: the answer is the good one, and one line says what happened."""
     expected = EVERYTHING[name](f"{uri}-other" if name in WRITES else uri)
-    proxy.clear()
-    proxy.add(fault, times=3)
-    assert (expected, 3) == (EVERYTHING[name](uri), proxy.done[fault])
+    s3_proxy.clear()
+    s3_proxy.add(fault, times=3)
+    assert (expected, 3) == (EVERYTHING[name](uri), s3_proxy.done[fault])
     said = capsys.readouterr().err
     assert 1 == said.count("warning:") == said.count("trying again, at most 8 times")
     assert said.startswith(f"warning: {uri.rsplit('/', 1)[0]}")
 
 
 @pytest.mark.slow
-def test_a_fraction_of_bad_answers_is_absorbed(uri, proxy, capsys):
+def test_a_fraction_of_bad_answers_is_absorbed(uri, s3_proxy, capsys):
     """Every third request is throttled: thirty objects are written and read all the same."""
-    proxy.add("slow_down", times=None, share=0.3)
+    s3_proxy.add("slow_down", times=None, share=0.3)
     for i in range(30):
         storage.write_bytes(f"{uri}-{i}", f"{i}".encode())
     assert [f"{i}".encode() for i in range(30)] == [storage.read_bytes(f"{uri}-{i}") for i in range(30)]
-    assert proxy.done["slow_down"] > 10
+    assert s3_proxy.done["slow_down"] > 10
     assert 1 == capsys.readouterr().err.count("warning:")
 
 
 @some("fault", ["slow_down", "internal", "drop"], fast=["slow_down"])
 @some("name", EVERYTHING, fast=["read", "write"])
-def test_a_store_that_stays_bad_is_an_error_that_counts(uri, proxy, name, fault):
+def test_a_store_that_stays_bad_is_an_error_that_counts(uri, s3_proxy, name, fault):
     """Tries end: the error names the object, what the store said and how often it was asked, and it may be tried later."""
-    proxy.add(fault, times=None)
+    s3_proxy.add(fault, times=None)
     error = refused(EVERYTHING[name], uri)
     assert isinstance(error, UnavailableError)
     assert (True, 7) == (error.retryable, error.exit_code)
     assert re.search(rf"^{uri.rsplit('/', 1)[0]}.*; tried 8 times in \d+ s$", error.message, re.DOTALL)
-    assert 8 <= proxy.done[fault] <= 16  # aiohttp opens a broken connection once more by itself
+    assert 8 <= s3_proxy.done[fault] <= 16  # aiohttp opens a broken connection once more by itself
 
 
 @pytest.mark.slow
-def test_requests_are_repeated_in_one_place_only(uri, proxy):
+def test_requests_are_repeated_in_one_place_only(uri, s3_proxy):
     """Eight tries are eight requests: no client below repeats answers by itself."""
-    proxy.add("slow_down", times=None)
+    s3_proxy.add("slow_down", times=None)
     for action in EVERYTHING.values():
-        proxy.done.clear()
+        s3_proxy.done.clear()
         refused(action, uri)
-        assert 8 == proxy.done["slow_down"]
+        assert 8 == s3_proxy.done["slow_down"]
 
 
 @some("name", ["read", "stat", "names", "write", "create"], fast=["read"])
-def test_a_store_that_hangs_is_asked_again(uri, proxy, monkeypatch, name):
+def test_a_store_that_hangs_is_asked_again(uri, s3_proxy, monkeypatch, name):
     """Silence beyond the limit counts as no answer."""
     monkeypatch.setattr(storage, "ANSWER_TIMEOUT_S", 1.0)
     forget()
     expected = EVERYTHING[name](f"{uri}-other" if name in WRITES else uri)
-    proxy.clear()
-    proxy.add("hang", times=1)
-    assert (expected, 1) == (EVERYTHING[name](uri), proxy.done["hang"])
+    s3_proxy.clear()
+    s3_proxy.add("hang", times=1)
+    assert (expected, 1) == (EVERYTHING[name](uri), s3_proxy.done["hang"])
 
 
 @some("name", ["read", "range", "digest", "names", "objects"], fast=["read"])
-def test_an_answer_cut_half_way_is_read_again(uri, proxy, name):
+def test_an_answer_cut_half_way_is_read_again(uri, s3_proxy, name):
     """Bytes that came are thrown away; the whole is what comes back, twice in a row."""
     expected = EVERYTHING[name](uri)
-    proxy.clear()
-    proxy.add("cut", method="GET", times=2)
-    assert (expected, 2) == (EVERYTHING[name](uri), proxy.done["cut"])
+    s3_proxy.clear()
+    s3_proxy.add("cut", method="GET", times=2)
+    assert (expected, 2) == (EVERYTHING[name](uri), s3_proxy.done["cut"])
 
 
-def test_a_write_whose_answer_is_lost_is_written_again(uri, proxy):
+def test_a_write_whose_answer_is_lost_is_written_again(uri, s3_proxy):
     """The object is what was written, whether the first or the second of two equal requests made it."""
-    proxy.add("lost", method="PUT")
+    s3_proxy.add("lost", method="PUT")
     storage.write_bytes(uri, b"new")
-    assert (b"new", 1) == (storage.read_bytes(uri), proxy.done["lost"])
+    assert (b"new", 1) == (storage.read_bytes(uri), s3_proxy.done["lost"])
 
 
-def test_a_creation_whose_answer_is_lost_finds_its_own_object(uri, proxy):
+def test_a_creation_whose_answer_is_lost_finds_its_own_object(uri, s3_proxy):
     """It cannot know that the object is its own: it says that something stands there, and that is what it wrote."""
-    proxy.add("lost", method="PUT")
+    s3_proxy.add("lost", method="PUT")
     assert not storage.create_bytes(f"{uri}-new", b"mine")
-    assert (b"mine", 1) == (storage.read_bytes(f"{uri}-new"), proxy.done["lost"])
+    assert (b"mine", 1) == (storage.read_bytes(f"{uri}-new"), s3_proxy.done["lost"])
 
 
 @pytest.mark.slow
-def test_a_bad_moment_does_not_make_an_object_missing(uri, proxy):
+def test_a_bad_moment_does_not_make_an_object_missing(uri, s3_proxy):
     """Not to know is not a no: `exists` and `names` of a store that fails never say that nothing is there."""
-    proxy.add("slow_down", times=None)
+    s3_proxy.add("slow_down", times=None)
     for look in (storage.exists, storage.names, storage.objects):
         with pytest.raises(UnavailableError):
             look(uri)
 
 
 @some("name", EVERYTHING, fast=["read", "write"])
-def test_denied_is_told_at_once(uri, proxy, name):
+def test_denied_is_told_at_once(uri, s3_proxy, name):
     """One request, no repetition; the hint names the environment."""
-    proxy.add("denied", times=None)
+    s3_proxy.add("denied", times=None)
     error = refused(EVERYTHING[name], uri)
-    assert (False, 1) == (isinstance(error, UnavailableError), proxy.done["denied"])
+    assert (False, 1) == (isinstance(error, UnavailableError), s3_proxy.done["denied"])
     assert "access denied" in error.message
     assert "credentials in the environment" in error.hint
 
 
 @some("name", EVERYTHING, fast=["read", "write"])
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_wrong_keys_are_denied_and_not_shown(fresh, monkeypatch, name, variable):
+def test_wrong_keys_are_denied_and_not_shown(s3_fresh, monkeypatch, name, variable):
     """The store's own check refuses them; the message holds no key."""
     monkeypatch.setenv(variable, "wrong-but-nobody-should-see-it")
-    error = refused(EVERYTHING[name], f"{fresh.prefix()}/object")
+    error = refused(EVERYTHING[name], f"{s3_fresh.prefix()}/object")
     assert "access denied" in error.message
-    for secret in ("nobody-should-see-it", fresh.environment["AWS_SECRET_ACCESS_KEY"]):
+    for secret in ("nobody-should-see-it", s3_fresh.environment["AWS_SECRET_ACCESS_KEY"]):
         assert secret not in f"{error!r} {error.__cause__!r}"
 
 
 @some("name", [name for name in EVERYTHING if name not in ("read", "range", "digest")], fast=["write"])
-def test_no_keys_at_all_are_asked_for(fresh, monkeypatch, tmp_path, name):
+def test_no_keys_at_all_are_asked_for(s3_fresh, monkeypatch, tmp_path, name):
     """Nothing in the environment and no profile: the hint says which variables."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(variable)
-    error = refused(EVERYTHING[name], f"{fresh.prefix()}/object")
+    error = refused(EVERYTHING[name], f"{s3_fresh.prefix()}/object")
     assert "Unable to locate credentials" in error.message
     assert "AWS_ACCESS_KEY_ID" in error.hint
 
 
 @some("name", [name for name in EVERYTHING if name != "remove"], fast=["read", "names", "write"])
-def test_a_missing_bucket_is_named(fresh, name):
+def test_a_missing_bucket_is_named(s3_fresh, name):
     """It is an error of the store, and never mistaken for an empty folder."""
     error = refused(EVERYTHING[name], "s3://no-such-bucket-here/run/object")
     assert "bucket does not exist" in error.message
@@ -205,33 +179,33 @@ def test_a_missing_bucket_is_named(fresh, name):
 
 @some("name", EVERYTHING, fast=["names"])
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://nowhere.invalid"])
-def test_a_wrong_endpoint_is_told_after_a_few_tries(fresh, monkeypatch, name, endpoint):
+def test_a_wrong_endpoint_is_told_after_a_few_tries(s3_fresh, monkeypatch, name, endpoint):
     """A store that never answered this process gets fewer tries; the message says where nobody answered."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    error = refused(EVERYTHING[name], f"{fresh.prefix()}/object")
+    error = refused(EVERYTHING[name], f"{s3_fresh.prefix()}/object")
     assert endpoint.removeprefix("http://") in error.message.replace("127.0.0.1 port 9", "127.0.0.1:9")
     assert "; tried 4 times in" in error.message
     assert "AWS_ENDPOINT_URL" in error.hint
 
 
 @some("name", ["stat", "names", "write"], fast=["write"])
-def test_an_endpoint_that_is_no_url_is_told(fresh, monkeypatch, name):
+def test_an_endpoint_that_is_no_url_is_told(s3_fresh, monkeypatch, name):
     """A host without http:// in front."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
-    assert "http://host:port" in refused(EVERYTHING[name], f"{fresh.prefix()}/object").hint
+    assert "http://host:port" in refused(EVERYTHING[name], f"{s3_fresh.prefix()}/object").hint
 
 
 @pytest.mark.parametrize("name", ["read", "range", "digest", "stat"])
-def test_a_missing_object_is_an_input_error(fresh, name):
+def test_a_missing_object_is_an_input_error(s3_fresh, name):
     """In a bucket that is there; asked once."""
     with pytest.raises(InputError, match=r"object does not exist"):
-        EVERYTHING[name](f"{fresh.prefix()}/object")
+        EVERYTHING[name](f"{s3_fresh.prefix()}/object")
 
 
 @pytest.mark.slow
-def test_many_objects_are_listed_in_pages(fresh):
+def test_many_objects_are_listed_in_pages(s3_fresh):
     """More than the thousand that one answer holds."""
-    folder = fresh.prefix("many")
+    folder = s3_fresh.prefix("many")
     fs, path = storage.locate(folder)
     fs.pipe({f"{path}/{i:04d}": b"" for i in range(1005)})
     expected = [f"{i:04d}" for i in range(1005)]
@@ -239,17 +213,17 @@ def test_many_objects_are_listed_in_pages(fresh):
 
 
 @pytest.mark.slow
-def test_a_large_object_comes_back_whole(fresh):
+def test_a_large_object_comes_back_whole(s3_fresh):
     """Larger than the part size of a multipart upload: one object, whole, with the right digest."""
-    uri = f"{fresh.prefix('large')}/object"
+    uri = f"{s3_fresh.prefix('large')}/object"
     data = bytes(range(256)) * (60 * 4096)
     storage.write_bytes(uri, data)
     assert (len(data), storage.bytes_digest(data)) == (storage.stat(uri)[0], storage.file_digest(uri))
 
 
-def test_the_version_is_the_etag(fresh):
+def test_the_version_is_the_etag(s3_fresh):
     """Other bytes of the same length are another version; a copy of the same bytes is not."""
-    uri = f"{fresh.prefix()}/object"
+    uri = f"{s3_fresh.prefix()}/object"
     versions = []
     for data in (b"one", b"two", b"one"):
         storage.write_bytes(uri, data)
@@ -258,14 +232,14 @@ def test_the_version_is_the_etag(fresh):
 
 
 @pytest.mark.slow
-def test_a_store_that_restarts_is_waited_for(fresh, monkeypatch):
+def test_a_store_that_restarts_is_waited_for(s3_fresh, monkeypatch):
     """SIGKILL and a new start on the same data: readers and writers in between notice nothing but time."""
-    if fresh.server is None:
+    if s3_fresh.server is None:
         pytest.skip("needs a server of our own to kill")
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.25)
-    uri = f"{fresh.prefix()}/object"
+    uri = f"{s3_fresh.prefix()}/object"
     storage.write_bytes(uri, DATA)
-    fresh.server.restart()
+    s3_fresh.server.restart()
     assert storage.read_bytes(uri) == DATA
     storage.write_bytes(uri, b"new")
     assert storage.read_bytes(uri) == b"new"
