@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import sys
 import traceback
 from enum import StrEnum
@@ -62,7 +64,7 @@ def plan(spec: SpecArgument, set_: SetOption = None) -> None:
 @app.command()
 def status(run_uri: RunArgument) -> None:
     """Say how far a run is: stages, shards, rows, rejects, examples per second."""
-    from pipeline.artifacts import open_run
+    from pipeline.frozen import open_run
 
     from . import display
 
@@ -86,13 +88,77 @@ def rank(
 
 
 @app.command()
+def extend(
+    run_uri: RunArgument,
+    queries: Annotated[str | None, typer.Option(help="File, folder or glob of query rows with new ids.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Folder or glob of corpus files; those that the run has are passed over.")
+    ] = None,
+) -> None:
+    """Add queries or newly arrived corpus files to a finished run; scores only what is new and ranks again."""
+    from pipeline.errors import SpecError
+    from pipeline.run import grow
+
+    from . import display
+
+    if queries is None and corpus is None:
+        raise SpecError("extend: nothing to add", "give --queries URI, --corpus URI or both")
+    display.show_run(grow(run_uri, queries, corpus))
+
+
+@app.command()
+def verify(
+    run_uri: RunArgument,
+    sizes: Annotated[bool, typer.Option("--sizes", help="Compare sizes only, without reading the data.")] = False,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="Delete the commits of what is damaged; the run's command makes it anew.")
+    ] = False,
+) -> None:
+    """Check from the objects alone that a run is what its commits say: counts, digests, orphans."""
+    from pipeline.audit import audit, void
+    from pipeline.errors import ArtifactError
+    from pipeline.frozen import open_run
+
+    from . import display
+
+    opened = open_run(run_uri)
+    found = audit(opened, read_at_most=-1 if sizes else float("inf"))
+    display.show_audit(opened, found)
+    if not found.damage:
+        return
+    if not mend:
+        again = "`mirrorscope verify --mend`, then the run's command again"
+        raise ArtifactError(f"{opened.uri()}: {len(found.damage)} things are damaged or missing", again)
+    void(opened, found.damage)
+
+
+@app.command()
+def gc(
+    run_uri: RunArgument,
+    older_than: Annotated[
+        float,
+        typer.Option(min=0, metavar="HOURS", help="Only objects older than this: younger ones may be in the making."),
+    ] = 24.0,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+) -> None:
+    """Delete what no commit names: leavings of attempts that were killed, of shards that were scored anew."""
+    from pipeline.audit import collect
+    from pipeline.frozen import open_run
+
+    from . import display
+
+    opened = open_run(run_uri)
+    display.show_collected(opened, collect(opened, older_than * 3600, dry), dry)
+
+
+@app.command()
 def show(
     run_uri: RunArgument,
     query: Annotated[str | None, typer.Option("--query", help="Only this query_id.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Rows per query and side.")] = 3,
 ) -> None:
     """Show a ranked run: the table, and where its picture and Parquet are."""
-    from pipeline.artifacts import open_run
+    from pipeline.frozen import open_run
 
     from . import display
 
@@ -109,19 +175,29 @@ def fields(
     display.show_fields(section)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as a node's end or `ray job stop` sends it: unwinds like Ctrl-C."""
+
+
+def _stop(*_: object) -> None:
+    raise _Terminated
+
+
 def guarded(action: typer.Typer) -> int:
     """Run a command line; the exit code says what kind of error it was (pipeline/errors.py)."""
     sys.path.insert(0, os.getcwd())  # your own tasks, producers and factories are named relative to where you stand
     from pipeline.errors import PipelineError
 
+    signal.signal(signal.SIGTERM, _stop)
     try:
         action(standalone_mode=True)
     except PipelineError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; what is committed stays, and the same command goes on from there\n")
-        return 130
+    except KeyboardInterrupt as stopped:
+        words = shlex.join(sys.orig_argv)
+        sys.stderr.write(f"stopped; what is committed stays, and the same command goes on from there:\n  {words}\n")
+        return 143 if isinstance(stopped, _Terminated) else 130
     except Exception:  # noqa: BLE001  the last line of defence: a bug of ours, shown whole
         traceback.print_exc()
         sys.stderr.write("this is a bug in mirrorscope, not in your spec; the lines above say where\n")

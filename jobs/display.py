@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,12 +10,13 @@ from rich.table import Table
 
 from pipeline import storage
 from pipeline.artifacts import Run
+from pipeline.audit import Audit
 from pipeline.errors import InputError, SpecError
 from pipeline.plan import Plan
-from pipeline.records import Receipt
 from pipeline.report import of, plain_payload
 
 SHOWN = 3
+ORPHANS_SHOWN = 20
 MIB = 1 << 20
 
 
@@ -83,7 +83,7 @@ def duckdb_line(run: Run) -> str:
 def show_plan(run: Run, plan: Plan) -> None:
     """What a run would do."""
     spec, tune, score = run.spec, run.spec.resources.tune, run.spec.resources.score
-    done = len(run.committed_ids()) if storage.exists(run.uri("run.yaml")) else 0
+    done = len(run.committed()) if storage.exists(run.uri("run.yaml")) else 0
     actors = f"{score.actors} actors" if score.actors else "as many actors as fit"
     table = Table(show_header=False, box=None)
     rows = {
@@ -108,30 +108,77 @@ def show_plan(run: Run, plan: Plan) -> None:
 
 def show_status(run: Run) -> None:
     """How far a run is. Raises ArtifactError for commits of another run."""
-    receipts, queries = run.receipts(), len(run.committed_queries())
-    scored, rejected = sum(r.rows for r in receipts), sum(r.rejects for r in receipts)
+    queries, busy = len(run.committed_queries()), _Busy()
+    commits = scored = rejected = passed = quarantined = 0
+    for receipt in sorted(run.receipts(), key=lambda one: one.started_at_s):
+        commits, passed = commits + 1, passed + receipt.rows
+        rejected, quarantined = rejected + receipt.rejects, quarantined + (receipt.quarantined is not None)
+        scored += receipt.rows if run.is_first(receipt) else 0
+        busy.add(receipt.started_at_s, receipt.finished_at_s)
     ranked = storage.exists(run.uri("topk", "meta.json"))
-    sealed = storage.exists(run.uri("_SUCCESS"))
+    sealed = run.is_sealed()
     table = Table(title=run.uri(), title_justify="left")
     for name in ("stage", "state", "figures"):
         table.add_column(name)
     table.add_row("freeze", "done", f"{run.rows:,} rows in {len(run.shards):,} shards, {len(run.query_ids):,} queries")
     table.add_row("tune", _state(queries, len(run.query_ids)), f"{queries:,} of {len(run.query_ids):,} counterparts")
-    figures = f"{len(receipts):,} of {len(run.shards):,} shards, {scored:,} rows scored, {rejected:,} rejected"
-    if receipts:
-        figures += f", {scored / max(_busy_s(receipts), 1e-9):,.0f} examples/s while shards were worked on"
-    table.add_row("score", _state(len(receipts), len(run.shards)), figures)
+    figures = f"{commits:,} of {run.number_of_works:,} shards, {scored:,} rows scored, {rejected:,} rejected"
+    if quarantined:
+        figures += f", {quarantined:,} shards given up"
+    if commits:
+        figures += f", {passed / max(busy.seconds, 1e-9):,.0f} examples/s while shards were worked on"
+    table.add_row("score", _state(commits, run.number_of_works), figures)
     table.add_row("rank", "done" if ranked else "not yet", "sealed: every row is scored or rejected" if sealed else "")
     console().print(table)
 
 
-def _busy_s(receipts: Sequence[Receipt]) -> float:
+def show_audit(run: Run, found: Audit) -> None:
+    """What a verification found."""
+    out = console()
+    read = (
+        f"{found.read_bytes / MIB:,.1f} MiB read and compared" if found.read_bytes else "sizes compared, nothing read"
+    )
+    table = Table(title=run.uri(), title_justify="left", show_header=False)
+    rows = {
+        "shards": f"{found.commits:,} of {found.works:,} committed"
+        + (f", {found.quarantined:,} of them given up" if found.quarantined else ""),
+        "rows": f"{found.rows:,} scored, {found.rejects:,} rejected, of {run.rows_to_score:,}",
+        "counterparts": f"{found.counterparts:,} of {len(run.query_ids):,} committed",
+        "objects": f"{found.objects:,} named by commits; {read}",
+        "sealed": "yes" if found.sealed else "no: run it to its end",
+        "orphans": f"{len(found.orphans):,} objects that nothing names" if found.orphans else "none",
+        "damage": f"{len(found.damage):,}" if found.damage else "none",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table)
+    for finding in found.damage:
+        out.print(f"damaged   {finding.path}: {finding.what}", soft_wrap=True)
+    for path in sorted(found.orphans)[:ORPHANS_SHOWN]:
+        out.print(f"orphan    {path}", soft_wrap=True)
+    if found.orphans:
+        out.print("`mirrorscope gc` deletes orphans", soft_wrap=True)
+
+
+def show_collected(run: Run, old: dict[str, storage.Stored], dry: bool) -> None:
+    """What was, or would be, deleted."""
+    out, size = console(), sum(each.size_bytes for each in old.values())
+    for path in sorted(old)[:ORPHANS_SHOWN]:
+        out.print(path, soft_wrap=True)
+    done = "would be deleted" if dry else "deleted"
+    out.print(f"{len(old):,} objects of {size / MIB:,.1f} MiB {done} from {run.uri()}", soft_wrap=True)
+
+
+class _Busy:
     """Seconds in which at least one shard was worked on: a pause between two starts does not count."""
-    busy_s, until_s = 0.0, 0.0
-    for receipt in sorted(receipts, key=lambda one: one.started_at_s):
-        busy_s += max(0.0, receipt.finished_at_s - max(receipt.started_at_s, until_s))
-        until_s = max(until_s, receipt.finished_at_s)
-    return busy_s
+
+    def __init__(self) -> None:
+        self.seconds, self._until_s = 0.0, 0.0
+
+    def add(self, started_at_s: float, finished_at_s: float) -> None:
+        """One more shard; in order of their starts."""
+        self.seconds += max(0.0, finished_at_s - max(started_at_s, self._until_s))
+        self._until_s = max(self._until_s, finished_at_s)
 
 
 def _state(done: int, total: int) -> str:

@@ -1,4 +1,4 @@
-"""A run's folder: names of everything in it, whole-object writes, one commit per shard and per counterpart, resume.
+"""A run's folder: names of everything in it, whole-object writes, one commit per shard and per counterpart.
 
 Nothing here knows Ray or torch. A stage that is killed leaves either a commit, whose objects are all whole, or no commit,
 and then the same names are written again with the same bytes.
@@ -9,28 +9,28 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from . import storage
-from .errors import ArtifactError, InputError, SpecError
-from .records import MANIFEST, Column, Receipt, Shard, manifest_shards, manifest_table
+from .errors import ArtifactError, ForeignError, InputError
+from .records import PARQUET_OPTIONS, Addition, Column, Manifest, Receipt, Work, work_name
 from .spec import Resolved, Spec
-from .specfile import dump_spec, parse_spec
 
 READING_THREADS = 16
-_COMMIT_NAME = re.compile(r"shard-(\d+)\.json")
-_COLUMNS_KEY = b"task_columns"
-_Item = TypeVar("_Item")
+READ_AT_ONCE = 256
+"""Commits read ahead of whoever goes through them: memory is this many, whatever the number of shards."""
+COMMIT_NAME = re.compile(r"shard-(\d+)(?:-addition-(\d+))?\.json")
 MAX_REJECTS_SHOWN = 3
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,17 @@ class Run:
 
     Args:
         spec: The resolved spec.
-        shards: The manifest.
+        shards: The manifest, shards of all additions one after the other.
         columns: What the task reads.
-        queries: Query rows, `query_id` first.
+        queries: Query rows of all additions, `query_id` first.
+        additions: What the run was given: at first (number 0), and each time that it grew.
     """
 
     spec: Spec
-    shards: tuple[Shard, ...]
+    shards: Manifest
     columns: tuple[Column, ...]
     queries: pa.Table
+    additions: tuple[Addition, ...]
 
     @property
     def resolved(self) -> Resolved:
@@ -57,27 +59,58 @@ class Run:
 
     @cached_property
     def query_ids(self) -> tuple[str, ...]:
-        """Queries in order of first appearance."""
-        return tuple(dict.fromkeys(self.queries["query_id"].to_pylist()))
+        """All queries, in the order in which the run was given them."""
+        return tuple(query_id for addition in self.additions for query_id in addition.query_ids)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of the corpus."""
-        return sum(shard.rows for shard in self.shards)
+        return self.shards.rows
 
     def uri(self, *parts: str) -> str:
         """URI of something in the run's folder."""
         return "/".join((self.spec.run.uri, *parts))
 
+    # --- work ------------------------------------------------------------------------------------------------------
+
+    def works(self) -> Iterator[Work]:
+        """All that is to be scored, in order of additions and shards."""
+        for addition in self.additions:
+            first = 0 if addition.query_ids else addition.first_shard
+            for shard in self.shards[first : addition.stop_shard]:
+                yield self._work(addition, shard)
+
+    def work(self, addition: int, shard_id: int) -> Work:
+        """One of them."""
+        return self._work(self.additions[addition], self.shards[shard_id])
+
+    def _work(self, addition: Addition, shard: Any) -> Work:
+        new_shard = shard.shard_id >= addition.first_shard
+        known = sum((before.query_ids for before in self.additions[: addition.number]), ()) if new_shard else ()
+        return Work(addition.number, shard, known + addition.query_ids)
+
+    @cached_property
+    def number_of_works(self) -> int:
+        """How many `works` gives."""
+        return sum(each.stop_shard - (0 if each.query_ids else each.first_shard) for each in self.additions)
+
+    @cached_property
+    def rows_to_score(self) -> int:
+        """Rows of all works: a grown run goes through its old rows again for new queries."""
+        spans = ((0 if each.query_ids else each.first_shard, each.stop_shard) for each in self.additions)
+        return sum(self.shards[first:stop].rows for first, stop in spans)
+
+    def is_first(self, receipt: Receipt) -> bool:
+        """Whether this commit of its shard is the first: those count every row of the corpus once."""
+        return receipt.shard_id >= self.additions[receipt.addition].first_shard
+
     # --- tables and JSON -------------------------------------------------------------------------------------------
 
     def write_table(self, table: pa.Table, *parts: str) -> dict[str, Any]:
         """Write a table whole as Parquet; its size and digest, for a commit."""
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        return self.write(buffer.getvalue(), *parts)
+        return self.write(parquet_bytes(table), *parts)
 
-    def read_table(self, *parts: str, sha256: str | None = None) -> pa.Table:
+    def read_table(self, *parts: str, sha256: str | None = None, hint: str = "") -> pa.Table:
         """Read a table, against its digest where a commit says it.
 
         Raises:
@@ -87,8 +120,7 @@ class Run:
         data = storage.read_bytes(self.uri(*parts))
         if sha256 is not None and (got := storage.bytes_digest(data)) != sha256:
             raise ArtifactError(
-                f"{self.uri(*parts)} is not what its commit says: got sha256 {got}, expected {sha256}",
-                "delete the shard's commit in commits/ and run again: the shard is then scored anew",
+                f"{self.uri(*parts)} is not what its commit says: got sha256 {got}, expected {sha256}", hint
             )
         try:
             return pq.ParquetFile(io.BytesIO(data)).read()
@@ -102,7 +134,7 @@ class Run:
 
     def write_json(self, value: Any, *parts: str) -> None:
         """Write a JSON object whole, readable."""
-        self.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n", *parts)
+        self.write(json_bytes(value), *parts)
 
     def read_json(self, *parts: str) -> Any:
         """Read a JSON object. Raises InputError if it is not there, ArtifactError if it is damaged."""
@@ -116,7 +148,8 @@ class Run:
     def commit_counterpart(self, query_id: str, tensors: bytes, meta: Mapping[str, Any]) -> None:
         """Write a counterpart's changed tensors (safetensors), then its meta.json, which commits it."""
         written = self.write(tensors, "counterparts", partition(query_id), "changed.safetensors")
-        signed = {**meta, "query_id": query_id, "fingerprint": self.resolved.fingerprint, "tensors": written}
+        fingerprint = next(each.fingerprint for each in self.additions if query_id in each.query_ids)
+        signed = {**meta, "query_id": query_id, "fingerprint": fingerprint, "tensors": written}
         self.write_json(signed, "counterparts", partition(query_id), "meta.json")
 
     def counterpart_meta(self, query_id: str) -> dict[str, Any]:
@@ -145,83 +178,110 @@ class Run:
         done = parallel(lambda q: storage.exists(self.uri("counterparts", partition(q), "meta.json")), named)
         return {query_id for query_id, committed in zip(named, done, strict=True) if committed}
 
-    # --- shards ----------------------------------------------------------------------------------------------------
+    # --- commits of shards -----------------------------------------------------------------------------------------
 
-    def commit_shard(self, receipt: Receipt) -> None:
-        """Write a shard's commit: the last object of a shard, after everything it names."""
-        self.write_json(receipt.to_json(), "commits", f"shard-{receipt.shard_id:06d}.json")
+    def commit(self, receipt: Receipt) -> Receipt:
+        """Write a shard's commit, after everything it names; the commit that then stands.
 
-    def committed_ids(self) -> set[int]:
-        """Shards whose commit is there, by one listing."""
-        return {int(found[1]) for name in self._commit_names() if (found := _COMMIT_NAME.fullmatch(name))}
+        Where the store has conditional PUTs the first commit stands, and whoever comes second finds its own files in it. Other
+        bytes (of other hardware, of another depth of top-k) are on the store now: then the commit is replaced to say so.
+        """
+        path = ("commits", f"{receipt.name}.json")
+        if self.resolved.commits == "create":
+            if storage.create_bytes(self.uri(*path), json_bytes(receipt.to_json())):
+                return receipt
+            standing = self.standing(receipt.addition, receipt.shard_id)
+            if standing is not None and standing.files == receipt.files:
+                return standing
+        self.write_json(receipt.to_json(), *path)
+        return receipt
 
-    def _commit_names(self) -> list[str]:
-        return [name for name in storage.names(self.uri("commits")) if _COMMIT_NAME.fullmatch(name)]
+    def standing(self, addition: int, shard_id: int) -> Receipt | None:
+        """A shard's commit, if it has one that is whole. Raises ArtifactError for another run's."""
+        try:
+            receipt = self._read_receipt(addition, shard_id)
+        except (InputError, ArtifactError):
+            return None
+        self._require_own(receipt.fingerprint, f"commit {receipt.name}")
+        return receipt
 
-    def receipts(self) -> list[Receipt]:
-        """All commits, by shard. Raises ArtifactError for one of another run, or damaged."""
-        receipts = parallel(self._receipt, self._commit_names())
-        for receipt in receipts:
-            self._require_own(receipt.fingerprint, f"commit of shard {receipt.shard_id}")
-        return receipts
+    def receipt(self, addition: int, shard_id: int) -> Receipt:
+        """A shard's commit. Raises InputError if it is not there, ArtifactError for one of another run, or damaged."""
+        receipt = self._read_receipt(addition, shard_id)
+        self._require_own(receipt.fingerprint, f"commit {receipt.name}")
+        return receipt
 
-    def _receipt(self, name: str) -> Receipt:
+    def _read_receipt(self, addition: int, shard_id: int) -> Receipt:
+        name = f"{work_name(addition, shard_id)}.json"
         try:
             return Receipt(**self.read_json("commits", name))
         except TypeError as error:
             raise ArtifactError(f"{self.uri('commits', name)} is damaged: {error}") from error
 
+    def committed(self) -> set[tuple[int, int]]:
+        """(addition, shard) of every commit, by one listing."""
+        found = (COMMIT_NAME.fullmatch(name) for name in storage.names(self.uri("commits")))
+        return {(int(match[2] or 0), int(match[1])) for match in found if match}
+
+    def receipts(self) -> Iterator[Receipt]:
+        """All commits, in order, read as they are gone through. Raises ArtifactError as `receipt` does."""
+        todo = iter(sorted(self.committed()))
+        while some := list(islice(todo, READ_AT_ONCE)):
+            yield from parallel(lambda key: self.receipt(*key), some)
+
     def read_shard(self, receipt: Receipt, path: str) -> pa.Table:
         """A table that a commit names, by its path in the run's folder. Raises InputError, ArtifactError."""
         if path not in receipt.files:
-            raise ArtifactError(f"commit of shard {receipt.shard_id} names no {path}")
-        return self.read_table(path, sha256=receipt.files[path]["sha256"])
+            raise ArtifactError(f"commit {receipt.name} names no {path}")
+        hint = f"`mirrorscope verify --mend {self.uri()}`, then the run's command again: what is damaged is made anew"
+        return self.read_table(path, sha256=receipt.files[path]["sha256"], hint=hint)
+
+    def is_tolerable(self, rejected: int) -> bool:
+        """Whether so many rejected rows are within what the spec allows of all rows gone through."""
+        return rejected <= self.spec.score.max_reject_fraction * self.rows_to_score
 
     def require_few_rejects(self, rejected: int) -> None:
         """See that no more rows were rejected than the spec allows. Raises InputError, with the first of them."""
-        allowed = self.spec.score.max_reject_fraction
-        if rejected <= allowed * self.rows:
+        if self.is_tolerable(rejected):
             return
         shown = "".join(f"\n  {line}" for line in self._first_rejects())
         raise InputError(
-            f"{rejected:,} of {self.rows:,} rows could not be scored, allowed is a fraction of {allowed:g}; "
-            f"they are in {self.uri('rejects')}{shown}",
+            f"{rejected:,} of {self.rows_to_score:,} rows could not be scored, allowed is a fraction of "
+            f"{self.spec.score.max_reject_fraction:g}; they are in {self.uri('rejects')}{shown}",
             "mend the corpus and start a new run, or go on with --set score.max_reject_fraction=...",
         )
 
     def _first_rejects(self) -> list[str]:
         for receipt in self.receipts():
             if receipt.rejects:
-                rows = self.read_shard(receipt, f"rejects/shard-{receipt.shard_id:06d}.parquet").slice(
-                    0, MAX_REJECTS_SHOWN
-                )
+                rows = self.read_shard(receipt, f"rejects/{receipt.name}.parquet").slice(0, MAX_REJECTS_SHOWN)
                 return [
                     f"{row['path']} row {row['row']}: {row['column']}: got {row['got']}, expected {row['expected']}"
                     for row in rows.to_pylist()
                 ]
         return []
 
-    def complete_receipts(self) -> list[Receipt]:
-        """All commits of a fully scored run.
+    def complete_receipts(self) -> Iterator[Receipt]:
+        """All commits of a fully scored run, in order.
 
         Raises:
             ArtifactError: A shard is not committed, or scored and rejected rows do not add up to the manifest's.
-            InputError: More rows were rejected than the spec allows.
         """
-        receipts = self.receipts()
-        if [receipt.shard_id for receipt in receipts] != [shard.shard_id for shard in self.shards]:
+        committed = self.committed()
+        expected = {(work.addition, work.shard.shard_id) for work in self.works()}
+        if committed != expected:
             raise ArtifactError(
-                f"{self.uri()}: {len(receipts)} of {len(self.shards)} shards are committed",
+                f"{self.uri()}: {len(committed & expected):,} of {len(expected):,} shards are committed, and "
+                f"{len(committed - expected):,} that the manifest does not have",
                 "run stage score to its end first",
             )
-        for shard, receipt in zip(self.shards, receipts, strict=True):
-            if receipt.rows + receipt.rejects != shard.rows:
+        for receipt, work in zip(self.receipts(), self.works(), strict=True):
+            if receipt.rows + receipt.rejects != work.shard.rows:
                 raise ArtifactError(
-                    f"commit of shard {shard.shard_id}: {receipt.rows} scored + {receipt.rejects} rejected rows, "
-                    f"expected {shard.rows}"
+                    f"commit {receipt.name}: {receipt.rows} scored + {receipt.rejects} rejected rows, "
+                    f"expected {work.shard.rows}"
                 )
-        self.require_few_rejects(sum(receipt.rejects for receipt in receipts))
-        return receipts
+            yield receipt
 
     def read_ranked(self) -> tuple[pa.Table, dict[str, Any]]:
         """The ranked table and its meta.json. Raises ArtifactError if the run was not ranked."""
@@ -232,19 +292,28 @@ class Run:
         return self.read_table("topk", "ranked.parquet"), self.read_json("topk", "meta.json")
 
     def seal(self) -> None:
-        """Write _SUCCESS: every row of the corpus is in exactly one of scores and rejects. Raises ArtifactError."""
-        receipts = self.complete_receipts()
-        counts = {
-            "shards": len(receipts),
-            "rows": sum(r.rows for r in receipts),
-            "rejects": sum(r.rejects for r in receipts),
-        }
-        self.write_json({**counts, "fingerprint": self.resolved.fingerprint}, "_SUCCESS")
+        """Write _SUCCESS: every row of the corpus is in exactly one of scores and rejects. Raises ArtifactError, InputError."""
+        rows = rejects = rejects_in_all = 0
+        for receipt in self.complete_receipts():
+            rejects_in_all += receipt.rejects
+            if self.is_first(receipt):
+                rows, rejects = rows + receipt.rows, rejects + receipt.rejects
+        self.require_few_rejects(rejects_in_all)
+        counts = {"shards": len(self.shards), "rows": rows, "rejects": rejects, "commits": self.number_of_works}
+        self.write_json({**counts, "fingerprint": self.additions[-1].fingerprint}, "_SUCCESS")
+
+    def is_sealed(self) -> bool:
+        """Whether _SUCCESS stands, for all that the run was given."""
+        try:
+            return bool(self.read_json("_SUCCESS")["fingerprint"] == self.additions[-1].fingerprint)
+        except InputError:
+            return False
 
     def _require_own(self, fingerprint: Any, what: str) -> None:
-        if fingerprint != self.resolved.fingerprint:
-            raise ArtifactError(
-                f"{self.uri()}: {what} carries fingerprint {fingerprint}, expected {self.resolved.fingerprint}",
+        own = [addition.fingerprint for addition in self.additions]
+        if fingerprint not in own:
+            raise ForeignError(
+                f"{self.uri()}: {what} carries fingerprint {fingerprint}, expected {' or '.join(own)}",
                 "the folder mixes two runs; use a new run.uri",
             )
 
@@ -260,52 +329,13 @@ def parallel(action: Any, items: Sequence[_Item]) -> list[Any]:
         return list(pool.map(action, items))
 
 
-def is_run(run_uri: str) -> bool:
-    """Whether a run was frozen there (run.yaml is written last)."""
-    return storage.exists(f"{run_uri}/run.yaml")
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, **PARQUET_OPTIONS)
+    return buffer.getvalue()
 
 
-def create_run(run: Run) -> None:
-    """Write what is frozen of a run: manifest, queries, and run.yaml last."""
-    described = {_COLUMNS_KEY: json.dumps([asdict(column) for column in run.columns]).encode()}
-    manifest = manifest_table(list(run.shards)).replace_schema_metadata(described)
-    run.write_table(manifest, "manifest.parquet")
-    run.write_table(run.queries, "queries.parquet")
-    save_spec(run)
-
-
-def save_spec(run: Run) -> None:
-    """Write run.yaml: the resolved spec, itself a valid spec."""
-    run.write(dump_spec(run.spec).encode(), "run.yaml")
-
-
-def open_run(run_uri: str) -> Run:
-    """Open a frozen run.
-
-    Raises:
-        ArtifactError: There is none, or what was frozen is damaged.
-    """
-    run_uri = storage.absolute(run_uri)
-    if not is_run(run_uri):
-        raise ArtifactError(f"{run_uri} holds no run (no run.yaml)", "give the run.uri of a spec that was run")
-    origin = f"{run_uri}/run.yaml"
-    try:
-        spec = parse_spec(yaml.safe_load(storage.read_bytes(origin)), origin=origin)
-    except (yaml.YAMLError, SpecError) as error:
-        raise ArtifactError(f"{origin} is damaged: {error}") from error
-    if spec.resolved is None:
-        raise ArtifactError(f"{origin} has no `resolved` section: it was not written by a run")
-    # The folder may have been moved: what it says of its own place does not count.
-    spec = spec.model_copy(update={"run": spec.run.model_copy(update={"uri": run_uri})})
-    bare = Run(spec, (), (), pa.table({"query_id": pa.array([], pa.string())}))
-    try:
-        manifest, queries = bare.read_table("manifest.parquet"), bare.read_table("queries.parquet")
-    except InputError as error:
-        raise ArtifactError(f"{run_uri} is incomplete: {error.message}") from error
-    if manifest.schema.names != MANIFEST.names or _COLUMNS_KEY not in (manifest.schema.metadata or {}):
-        raise ArtifactError(f"{run_uri}/manifest.parquet is not a manifest")
-    columns = [
-        Column(**{**column, "columns": tuple(column["columns"]), "shape": tuple(column["shape"])})
-        for column in json.loads(manifest.schema.metadata[_COLUMNS_KEY])
-    ]
-    return replace(bare, shards=tuple(manifest_shards(manifest)), columns=tuple(columns), queries=queries)
+def json_bytes(value: Any) -> bytes:
+    """A value as JSON that a person can read."""
+    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"

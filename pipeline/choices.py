@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
@@ -20,6 +20,16 @@ def unknown_word(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     guess = f"did you mean {near[0]!r}? " if near else ""
     return f"{word!r} is not known; {guess}known: {', '.join(known)}"
+
+
+def _without_password(uri: str) -> str:
+    """Refuse a URI that carries a secret: it would stand in run.yaml, in messages and in logs."""
+    if re.match(r"[^/]+://[^/@]*:[^/@]*@", uri):
+        raise ValueError("a URI with a password; credentials belong in the environment")
+    return uri
+
+
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
 
 
 class Section(BaseModel):
@@ -81,7 +91,7 @@ class TorchModule(Extension):
     """`package.module:function` that returns the module; its weights are then replaced by `weights_uri`."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the factory."""
-    weights_uri: str | None = None
+    weights_uri: Uri | None = None
     """State dict as safetensors, or as .pt of tensors only. Null: the factory returns the trained model itself."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """Compute dtype. Losses are float32 or better whatever it is; float32 keeps small differences visible."""
@@ -102,7 +112,7 @@ class CustomModel(Custom):
 
     loader: str
     """`package.module:Class`, importable where the pipeline runs."""
-    weights_uri: str | None = None
+    weights_uri: Uri | None = None
     """File whose digest ties the run to these weights; handed to the loader."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """Compute dtype, handed to the loader."""

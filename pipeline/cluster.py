@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .errors import ClusterError, PipelineError
@@ -35,6 +36,7 @@ def connected(resources: ResourcesSection) -> Iterator[None]:
         yield
         return
     address = resources.address or os.environ.get("RAY_ADDRESS")
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_environment())
@@ -44,6 +46,8 @@ def connected(resources: ResourcesSection) -> Iterator[None]:
         raise ClusterError(
             f"Ray at {address or 'this machine'}: {error}", "check resources.address or RAY_ADDRESS"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place, which exits without a word
     _quieten()
     try:
         yield
@@ -101,22 +105,6 @@ def _quieten() -> None:
     context.print_on_execution_start = False
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def bounded_retries(failures: int) -> Iterator[None]:
-    """Around a `map_batches` call that passes max_restarts and max_task_retries.
-
-    Ray Data retries actors for ever by default, so one poisonous shard would loop. The only way to bound it in Ray 2.60 is
-    through arguments that it warns to be leaving in 2.64 without a named successor.
-    """
-    import ray
-    from ray.data import DataContext
-
-    DataContext.get_current().max_consecutive_actor_init_deaths = failures
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
-        yield
 
 
 def require(workers: int, cpus: float, gpus: float, what: str) -> None:
@@ -194,8 +182,8 @@ def as_pipeline_error(error: BaseException, stage: str) -> PipelineError:
 class Watchdog:
     """Says so when nothing was done for a while: a pipeline that waits for resources looks the same as one that works."""
 
-    def __init__(self, stage: str, silence_s: float = SILENCE_S) -> None:
-        self._stage, self._silence_s = stage, silence_s
+    def __init__(self, stage: str, silence_s: float = SILENCE_S, detail: Callable[[], str] = str) -> None:
+        self._stage, self._silence_s, self._detail = stage, silence_s, detail
         self._fed_s = self._said_s = time.monotonic()
 
     def feed(self) -> None:
@@ -218,5 +206,5 @@ class Watchdog:
         free = ray.available_resources()
         say(
             f"warning: stage {self._stage}: nothing was finished for {duration(now - self._fed_s)}; the cluster has "
-            f"{free.get('CPU', 0.0):g} CPU and {free.get('GPU', 0.0):g} GPU free"
+            f"{free.get('CPU', 0.0):g} CPU and {free.get('GPU', 0.0):g} GPU free{self._detail()}"
         )

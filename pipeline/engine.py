@@ -12,7 +12,7 @@ same to the bit wherever it stands and whatever its neighbours are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -90,25 +90,29 @@ class LossEngine:
             for slot, base, _ in swaps:
                 slot.data = base
 
-    def losses(self, examples: Mapping[str, np.ndarray], batch_rows: int) -> Losses:
+    def losses(
+        self, examples: Mapping[str, np.ndarray], batch_rows: int, positions: Sequence[int] | None = None
+    ) -> Losses:
         """Losses of N examples.
 
         Args:
             examples: Task column -> array [N, *shape]; floating-point columns are cast to the model's dtype.
             batch_rows: Rows of every forward pass; the last batch is filled up with copies of its last row.
+            positions: Counterparts to use, in this order; null for all.
 
         Raises:
             ValueError: The task returned losses of another shape than [B], or in half precision.
         """
         rows = len(next(iter(examples.values())))
-        base, counterparts = [], [[] for _ in self._counterparts]  # type: ignore[var-annotated]
+        positions = range(len(self._counterparts)) if positions is None else positions
+        base, counterparts = [], [[] for _ in positions]  # type: ignore[var-annotated]
         with torch.inference_mode():
             for start in range(0, rows, batch_rows):
                 batch = self._batch(examples, start, batch_rows)
                 kept = min(batch_rows, rows - start)
                 base.append(self._loss_B(self._model, batch, batch_rows)[:kept])
-                for q, losses in enumerate(counterparts):
-                    with self.counterpart(q) as model:
+                for position, losses in zip(positions, counterparts, strict=True):
+                    with self.counterpart(position) as model:
                         losses.append(self._loss_B(model, batch, batch_rows)[:kept])
         return Losses(
             _join(base), np.stack([_join(losses) for losses in counterparts]) if counterparts else np.empty((0, rows))

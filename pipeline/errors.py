@@ -6,6 +6,7 @@
     ├── ContractError           exit 4   a model, task or producer does not keep its side of the protocol
     ├── NumericsError           exit 5   losses or weights are not finite
     ├── ArtifactError           exit 6   a run folder is damaged or belongs to another spec
+    │   └── ForeignError        exit 6   it holds artifacts of two runs
     ├── StorageError            exit 7   the store refused
     │   └── UnavailableError    exit 7   it did not answer, or asked to slow down, to the last try
     ├── ClusterError            exit 8   Ray cannot give what was asked for, or a worker died too often
@@ -66,6 +67,10 @@ class ArtifactError(PipelineError):
     """A run folder is incomplete, damaged, or was made by another spec."""
 
     exit_code = 6
+
+
+class ForeignError(ArtifactError):
+    """A run folder holds an artifact that another run made."""
 
 
 class StorageError(PipelineError):

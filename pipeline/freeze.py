@@ -1,7 +1,7 @@
 """Stage 0: check everything that can be checked before work, and freeze it.
 
 Reads: the spec, corpus files, query files, the weights' digest.
-Writes: manifest.parquet, queries.parquet, and run.yaml last.
+Writes: manifest.parquet, queries.parquet, and run.yaml last; of an addition, additions/NNNN/ with addition.json last.
 Resumes: an existing run is opened; any change of what decides its scores is refused, naming the field or the file.
 Next: tune.
 """
@@ -13,17 +13,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from . import artifacts, storage
-from .artifacts import Run, is_run, open_run
+from .artifacts import Run
 from .corpus import Corpus, open_format, payload_names, read_queries, require_free_names
 from .errors import ArtifactError, InputError
 from .extensions import load_loader, load_producer, load_task
 from .formats.base import corpus_root, relative_path
+from .frozen import create_addition, create_run, is_run, open_run, save_spec
 from .importing import user_code
 from .observe import say
-from .plan import Plan, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
-from .records import RANKED, Shard, SourceFile
-from .spec import Resolved, Spec
+from .plan import Plan, added_fingerprint, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
+from .records import RANKED, Addition, Manifest, Shard, SourceFile
+from .spec import QueriesSection, Resolved, Spec
 from .specfile import changed_fields
 
 PACKAGES = ("mirrorscope", "torch", "ray", "pyarrow")
@@ -41,7 +45,10 @@ def freeze(spec: Spec) -> Run:
     run, resumed = _open_or_survey(spec)
     if not resumed:
         Corpus(run.spec.corpus).check_ids(run.shards)
-        artifacts.create_run(run)
+        created = create_run(run)
+        if created is None:  # another driver of the same run was faster
+            return _open_or_survey(spec)[0]
+        run = created
         say(
             f"froze {run.rows:,} training examples in {len(run.shards)} shards, {len(run.query_ids)} queries: {run.uri()}"
         )
@@ -76,21 +83,28 @@ def _survey(spec: Spec) -> Run:
     corpus = Corpus(spec.corpus)
     measured = corpus.measure(corpus.list_files(), columns)
     queries = read_queries(spec.queries, columns, corpus.resolved.classes)
-    for query_id in dict.fromkeys(queries["query_id"].to_pylist()):
-        if not query_id or len(artifacts.partition(query_id)) > MAX_NAME_CHARS:
-            raise InputError(
-                f"query_id {query_id!r}: got {len(query_id)} characters, expected 1 or more, and a folder name of at most "
-                f"{MAX_NAME_CHARS} (it would be {artifacts.partition(query_id)[:40]}...)"
-            )
+    query_ids = _query_ids(queries)
     rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)
     resolved = _resolve(spec, corpus, rows_each)
     digests = _digests(resolved, shards)
     _require_same_inputs(spec, digests)
-    resolved = resolved.model_copy(
-        update={"resolved": Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, versions=_versions())}
-    )
-    return Run(resolved, tuple(shards), tuple(columns), queries)
+    frozen = Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, versions=_versions())
+    resolved = resolved.model_copy(update={"resolved": frozen})
+    first = Addition(0, frozen.fingerprint, 0, len(shards), query_ids)
+    return Run(resolved, Manifest.of(shards), tuple(columns), queries, (first,))
+
+
+def _query_ids(queries: pa.Table) -> tuple[str, ...]:
+    """Queries in order of first appearance. Raises InputError for an id that cannot name a folder."""
+    query_ids = tuple(dict.fromkeys(queries["query_id"].to_pylist()))
+    for query_id in query_ids:
+        if not query_id or len(artifacts.partition(query_id)) > MAX_NAME_CHARS:
+            raise InputError(
+                f"query_id {query_id!r}: got {len(query_id)} characters, expected 1 or more, and a folder name of at most "
+                f"{MAX_NAME_CHARS} (it would be {artifacts.partition(query_id)[:40]}...)"
+            )
+    return query_ids
 
 
 def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
@@ -109,17 +123,21 @@ def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
 
 
 def _digests(spec: Spec, shards: Sequence[Shard]) -> dict[str, str]:
-    reader, _ = open_format(spec.queries.uri, spec.queries.format, spec.corpus.classes)
-    contents = [digest for file in reader.files(spec.queries.uri) for digest in _content_digests(file)]
     root = corpus_root(spec.corpus.uri)
     relative = {path: relative_path(path, root) for path in {shard.path for shard in shards}}
     digests = {
-        "queries": storage.bytes_digest("\n".join(contents).encode()),
+        "queries": _queries_digest(spec.queries, spec.corpus.classes),
         "corpus": corpus_digest(shards, relative),
     }
     if spec.model.weights_uri is not None:
         digests["weights"] = storage.file_digest(spec.model.weights_uri)
     return digests
+
+
+def _queries_digest(section: QueriesSection, classes: Sequence[str] | None) -> str:
+    reader, _ = open_format(section.uri, section.format, classes)
+    contents = [digest for file in reader.files(section.uri) for digest in _content_digests(file)]
+    return storage.bytes_digest("\n".join(contents).encode())
 
 
 def _content_digests(file: SourceFile) -> list[str]:
@@ -147,11 +165,11 @@ def _reopen(spec: Spec) -> Run:
     """The run in the folder, if the spec and its inputs are those it was made with; else ArtifactError."""
     run = open_run(spec.run.uri)
     corpus = Corpus(spec.corpus)
-    _require_same_files(run, corpus)
+    _require_same_files(run)
     rows_each = spec.score.shard_rows or run.spec.score.shard_rows
     assert rows_each is not None
     wanted = _resolve(spec, corpus, rows_each)
-    digests = _digests(wanted, run.shards)
+    digests = _digests(wanted, run.shards[: run.additions[0].stop_shard])
     changes = changed_fields(identity(run.spec), identity(wanted))
     changes += [
         f"{name}: the file's contents" for name, old in run.resolved.digests.items() if digests.get(name) != old
@@ -166,16 +184,20 @@ def _reopen(spec: Spec) -> Run:
     spec_now = wanted.model_copy(update={"resolved": run.spec.resolved})
     run_now = replace(run, spec=spec_now)
     if spec_now != run.spec:  # fields that move no score: how many workers, how deep to rank
-        artifacts.save_spec(run_now)
+        save_spec(run_now)
     return run_now
 
 
-def _require_same_files(run: Run, corpus: Corpus) -> None:
-    files = {file.path: file for file in corpus.list_files()}
+def _require_same_files(run: Run, strangers_too: bool = True) -> None:
+    corpora = [Corpus(run.spec.corpus.model_copy(update={"uri": uri})) for uri in _corpus_uris(run)]
+    corpus = corpora[0]
+    files = {file.path: file for one in corpora for file in one.list_files()}
     frozen = {shard.path: (shard.size_bytes, shard.version) for shard in run.shards}
     now = {path: (file.size_bytes, file.version) for path, file in files.items()}
     strangers = [file for path, file in files.items() if path not in frozen]  # new, or without rows then as now
-    changes = [f"{file.path}: not in the corpus when it was frozen" for file in strangers if corpus.rows(file)]
+    changes = []
+    if strangers_too:
+        changes = [f"{file.path}: not in the corpus when it was frozen" for file in strangers if corpus.rows(file)]
     changes += [f"{path}: gone" for path in frozen if path not in now]
     changes += [
         f"{path}: {now[path][0]:,} bytes of version {now[path][1]}, frozen with {frozen[path][0]:,} of {frozen[path][1]}"
@@ -186,8 +208,83 @@ def _require_same_files(run: Run, corpus: Corpus) -> None:
         shown = "\n".join(f"  {change}" for change in changes[:MAX_CHANGES_SHOWN])
         raise ArtifactError(
             f"the corpus changed since {run.uri()} was frozen:\n{shown}",
-            "put the files back, or start a new run in another folder",
+            "put the files back, or start a new run in another folder; `mirrorscope extend` adds files that are new",
         )
+
+
+def _corpus_uris(run: Run) -> list[str]:
+    """Where files of the run's corpus are, its additions' too."""
+    added = [addition.corpus_uri for addition in run.additions if addition.corpus_uri is not None]
+    return list(dict.fromkeys([run.spec.corpus.uri, *added]))
+
+
+def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run:
+    """Add queries, or newly arrived corpus files, to a finished run; the run with its addition, to be tuned and scored.
+
+    Files that the run knows are passed over, and so are queries that were added before with the same contents: the same call
+    again adds nothing.
+
+    Raises:
+        ArtifactError: The run is not finished, or a file of it changed.
+        InputError: The new queries or files are malformed, or bring ids that the run has already.
+    """
+    run = open_run(run_uri)
+    queries, queries_digest = _new_queries(run, queries_uri) if queries_uri else (None, None)
+    shards = _new_shards(run, corpus_uri) if corpus_uri else Manifest.of([])
+    if queries is None and not len(shards):
+        say(f"{run.uri()} has all of that already")
+        return run
+    if not run.is_sealed():
+        raise ArtifactError(f"{run.uri()} is not finished", "run it to its end first: what is added comes on top")
+    corpus = Corpus(run.spec.corpus)
+    both = pa.concat_tables([run.shards.table.replace_schema_metadata(None), shards.table])
+    if len(shards):
+        corpus.check_ids(Manifest(both))
+    relative = {
+        path: relative_path(path, corpus_root(run.spec.corpus.uri)) for path in {shard.path for shard in shards}
+    }
+    digests = {"corpus": corpus_digest(list(shards), relative), "queries": queries_digest or ""}
+    addition = Addition(
+        number=len(run.additions),
+        fingerprint=added_fingerprint(run.additions[-1].fingerprint, digests),
+        first_shard=len(run.shards),
+        stop_shard=len(both),
+        query_ids=_query_ids(queries) if queries is not None else (),
+        corpus_uri=storage.absolute(corpus_uri) if corpus_uri and len(shards) else None,
+        queries_digest=queries_digest,
+    )
+    storage.remove(run.uri("_SUCCESS"))
+    create_addition(run, addition, shards, queries)
+    say(f"added {len(addition.query_ids)} queries and {shards.rows:,} training examples in {len(shards)} shards")
+    return open_run(run_uri)
+
+
+def _new_queries(run: Run, uri: str) -> tuple[pa.Table | None, str | None]:
+    """Rows of queries to add and the digest of their files; nothing for what was added before."""
+    section = run.spec.queries.model_copy(update={"uri": uri, "format": "auto"})
+    digest = _queries_digest(section, run.spec.corpus.classes)
+    if digest in {run.resolved.digests["queries"], *(addition.queries_digest for addition in run.additions)}:
+        return None, None
+    queries = read_queries(section, run.columns, run.spec.corpus.classes)
+    if known := [query_id for query_id in _query_ids(queries) if query_id in run.query_ids]:
+        raise InputError(
+            f"{uri}: {len(known)} query ids are in the run already, first {known[0]!r}",
+            "give new queries ids of their own",
+        )
+    return queries, digest
+
+
+def _new_shards(run: Run, uri: str) -> Manifest:
+    """Shards of the files that the run does not have yet."""
+    _require_same_files(run, strangers_too=False)
+    corpus = Corpus(run.spec.corpus.model_copy(update={"uri": uri}))
+    known = set(pc.unique(run.shards.table["path"]).to_pylist())
+    files = [file for file in corpus.list_files() if file.path not in known]
+    assert run.spec.score.shard_rows is not None
+    if not files:
+        return Manifest.of([])
+    measured = [one for one in corpus.measure(files, run.columns) if one.rows]
+    return Manifest.of(make_shards(measured, run.spec.score.shard_rows, first=len(run.shards)))
 
 
 def _warn(run: Run, spec: Spec) -> None:

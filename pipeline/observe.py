@@ -67,9 +67,11 @@ class Progress:
         total: How many there are in all.
         unit: What is counted.
         done: How many were done before this start; they count as done, not as speed.
+        shown: False for work that is not worth a line.
     """
 
-    def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, stage: str, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
+        self._shown = shown
         self._stage, self._total, self._unit = stage, total, unit
         self._before, self.done, self._examples = done, done, 0
         self._start_s, self._shown_s, self._shown_done = time.monotonic(), 0.0, -1
@@ -109,6 +111,8 @@ class Progress:
 
     def _show(self, last: bool = False) -> None:
         self._shown_s, self._shown_done = time.monotonic(), self.done
+        if not self._shown:
+            return
         if self._live:
             sys.stderr.write(f"\r\x1b[K{self.line()}" + ("\n" if last else ""))
             sys.stderr.flush()

@@ -60,15 +60,15 @@ def shard_rows(spec: Spec, rows: int, columns: Sequence[Column]) -> int:
     return max(1, math.ceil(wanted / spec.score.batch_rows)) * spec.score.batch_rows
 
 
-def make_shards(files: Sequence[Measured], rows_each: int) -> list[Shard]:
+def make_shards(files: Sequence[Measured], rows_each: int, first: int = 0) -> list[Shard]:
     """Cut files into shards of at most `rows_each` rows; a shard never spans two files.
 
-    Every row of every file is in exactly one shard, in order; shard ids count from 0.
+    Every row of every file is in exactly one shard, in order; shard ids count from `first`.
     """
     shards: list[Shard] = []
     for measured in files:
         for start in range(0, measured.rows, rows_each):
-            shards.append(_shard(len(shards), measured, start, min(rows_each, measured.rows - start)))
+            shards.append(_shard(first + len(shards), measured, start, min(rows_each, measured.rows - start)))
     return shards
 
 
@@ -116,6 +116,12 @@ def identity(spec: Spec) -> dict[str, Any]:
 def fingerprint(spec: Spec, digests: Mapping[str, str]) -> str:
     """Digest of everything that decides the scores: the spec's identity and its inputs' digests."""
     text = json.dumps({"spec": identity(spec), "digests": dict(digests)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def added_fingerprint(before: str, digests: Mapping[str, str]) -> str:
+    """Fingerprint of an addition: of the run before it and what it brings."""
+    text = json.dumps({"before": before, "digests": dict(digests)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

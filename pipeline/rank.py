@@ -8,7 +8,8 @@ Next: report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,13 @@ from .artifacts import Run, parallel, partition
 from .corpus import Corpus, concat_rows, payload_names
 from .observe import say
 from .records import RANKED, SOURCES, Receipt
+from .scorefile import ScoreFile
 
-_Read = Callable[[Run, Receipt], tuple[pa.Table, pa.Table]]
-MERGE_AT_ONCE = 256
-"""Partial tables merged at a time: memory is this many partials, whatever the number of shards."""
+SHARDS_AT_ONCE = 256
+ROWS_AT_ONCE = 1 << 20
+"""Shards whose partials are merged at a time, and rows of them: memory is this much, whatever the number of shards."""
+SUMMED = ["example_id", "source", "query_id", "base_loss", "score"]
+"""Columns of scores/ that source sums are made of."""
 
 
 def rank(run: Run) -> pa.Table:
@@ -31,65 +35,103 @@ def rank(run: Run) -> pa.Table:
         ArtifactError: Shards are missing, or an artifact is not what was committed.
         InputError: Too many rows were rejected, or the corpus changed, so that payload cannot be fetched.
     """
-    receipts = run.complete_receipts()
     section = run.spec.rank
-    scored = sum(receipt.rows for receipt in receipts)
+    merging = _Merging(run)
+    scored = rejects = 0
+    for receipts in _some_at_once(run, run.complete_receipts()):
+        scored += sum(receipt.rows for receipt in receipts if run.is_first(receipt))
+        rejects += sum(receipt.rejects for receipt in receipts)
+        merging.add([receipt for receipt in receipts if receipt.quarantined is None])
+    run.require_few_rejects(rejects)
     if section.k > scored:
         say(f"rank.k is {section.k:,} but {scored:,} examples were scored: all of them are listed")
-    read = _partials if _partials_fit(run, receipts) else _from_scores
-    top, sources = _merged(run, receipts, read)
     payload = payload_names(run.spec.corpus, run.columns)
-    ranked = _with_payload(run, topk.with_rank(top), payload)
+    ranked = _with_payload(run, topk.with_rank(merging.top()), payload)
     run.write_table(ranked, "topk", "ranked.parquet")
-    run.write_table(sources, "topk", "sources.parquet")
+    run.write_table(merging.sources, "topk", "sources.parquet")
     meta = {
         "k": section.k,
         "transform": topk.transform_name(section.transform, section.eps),
         "payload": payload,
         "examples": scored,
-        "rejects": sum(receipt.rejects for receipt in receipts),
+        "rejects": rejects,
         "fingerprint": run.resolved.fingerprint,
     }
     run.write_json(meta, "topk", "meta.json")
     return ranked
 
 
-def _partials_fit(run: Run, receipts: Sequence[Receipt]) -> bool:
-    wanted = topk.transform_name(run.spec.rank.transform, run.spec.rank.eps)
-    return all(receipt.transform == wanted and receipt.k >= run.spec.rank.k for receipt in receipts)
+def _some_at_once(run: Run, receipts: Iterable[Receipt]) -> Iterator[list[Receipt]]:
+    """Receipts in order, as many at a time as the partials of are held in memory."""
+    rows_each = max(1, len(run.query_ids) * run.spec.rank.k * len(topk.sides(run.spec.rank.transform)))
+    number = max(1, min(SHARDS_AT_ONCE, ROWS_AT_ONCE // rows_each))
+    rest = iter(receipts)
+    while some := list(islice(rest, number)):
+        yield some
 
 
-def _partials(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
-    """A shard's partial top-k and source sums, as it committed them."""
-    name = f"shard-{receipt.shard_id:06d}.parquet"
-    with_sources = run.spec.corpus.source is not None
-    sums = run.read_shard(receipt, f"partials/sources/{name}") if with_sources else SOURCES.empty_table()
-    return run.read_shard(receipt, f"partials/topk/{name}"), sums
+class _Merging:
+    """Top-k and source sums of the shards seen so far.
 
+    A shard comes in as the partials that it committed, or, where those are of another transform or not as deep as `k`, from its
+    scores: the result is the same.
+    """
 
-def _from_scores(run: Run, receipt: Receipt) -> tuple[pa.Table, pa.Table]:
-    """The same from the shard's scores, for another k or transform."""
-    section, name = run.spec.rank, f"shard-{receipt.shard_id:06d}.parquet"
-    tops, sums = [], [SOURCES.empty_table()]
-    for query_id in run.query_ids:
-        valued = topk.with_value(
-            run.read_shard(receipt, f"scores/{partition(query_id)}/{name}"), section.transform, section.eps
-        )
-        tops.append(topk.partial_topk(valued, section.k, section.transform))
-        if run.spec.corpus.source is not None:
-            sums.append(topk.source_sums(valued))
-    return pa.concat_tables(tops), pa.concat_tables(sums)
+    def __init__(self, run: Run) -> None:
+        section = run.spec.rank
+        self._run, self._section = run, section
+        self._transform = topk.transform_name(section.transform, section.eps)
+        self._merged: list[pa.Table] = []
+        self._running = {query_id: topk.RunningTopk(section.k, section.transform) for query_id in run.query_ids}
+        self.sources = SOURCES.empty_table()
 
+    def add(self, receipts: Sequence[Receipt]) -> None:
+        """Take in some shards. Raises ArtifactError, InputError, StorageError."""
+        partials: list[Receipt] = []
+        scores: list[tuple[Receipt, str]] = []
+        for receipt in receipts:
+            if not receipt.rows:
+                continue
+            if receipt.transform == self._transform and receipt.k >= self._section.k:
+                partials.append(receipt)
+            else:
+                scores += [(receipt, q) for q in self._run.work(receipt.addition, receipt.shard_id).query_ids]
+        tops = parallel(lambda receipt: self._partial(receipt, "topk"), partials)
+        if tops:
+            self._merged = [topk.merge_topk([*self._merged, *tops], self._section.k)]
+        sums = parallel(lambda one: self._from_scores(*one), scores)
+        if self._run.spec.corpus.source is not None:
+            sums += parallel(lambda receipt: self._partial(receipt, "sources"), partials)
+            self.sources = topk.merge_sources([self.sources, *sums])
 
-def _merged(run: Run, receipts: Sequence[Receipt], read: _Read) -> tuple[pa.Table, pa.Table]:
-    """Top-k and source sums of all shards, a bounded number of partials at a time."""
-    tops: list[pa.Table] = []
-    sums: list[pa.Table] = []
-    for start in range(0, len(receipts), MERGE_AT_ONCE):
-        parts = parallel(lambda receipt: read(run, receipt), receipts[start : start + MERGE_AT_ONCE])
-        tops = [topk.merge_topk([*tops, *(top for top, _ in parts)], run.spec.rank.k)]
-        sums = [topk.merge_sources([*sums, *(part for _, part in parts)])]
-    return tops[0], sums[0]
+    def _partial(self, receipt: Receipt, kind: str) -> pa.Table:
+        return self._run.read_shard(receipt, f"partials/{kind}/{receipt.name}.parquet")
+
+    def _from_scores(self, receipt: Receipt, query_id: str) -> pa.Table:
+        """Feed a score file to its query's running top-k, reading no more than decides; its source sums, if there are sources."""
+        section, running = self._section, self._running[query_id]
+        path = f"scores/{partition(query_id)}/{receipt.name}.parquet"
+        same = {"query_id": query_id, "shard_id": receipt.shard_id}
+        summed = self._run.spec.corpus.source is not None
+        with ScoreFile(self._run.uri(path), receipt.rows, receipt.files[path]["bytes"], same) as file:
+            groups = [group for group in file.groups if summed or self._may_reach(file, group, running)]
+            thin = file.read(groups, SUMMED if summed else topk.deciding(section.transform))
+            position_N = running.reaching(topk.values(thin, section.transform, section.eps))
+            if len(position_N):
+                running.add(topk.with_value(file.take(groups, position_N), section.transform, section.eps))
+        if not summed:
+            return SOURCES.empty_table()
+        return topk.source_sums(topk.with_value(thin, section.transform, section.eps))
+
+    def _may_reach(self, file: ScoreFile, group: int, running: topk.RunningTopk) -> bool:
+        score, base_loss = file.range(group, "score"), file.range(group, "base_loss")
+        if score is None:
+            return True
+        return running.may_reach(*topk.value_range(score, base_loss, self._section.transform, self._section.eps))
+
+    def top(self) -> pa.Table:
+        """The k strongest rows of every query and side, as `merge_topk` sorts them."""
+        return topk.merge_topk([*self._merged, *(running.top() for running in self._running.values())], self._section.k)
 
 
 def _with_payload(run: Run, ranked: pa.Table, names: Sequence[str]) -> pa.Table:

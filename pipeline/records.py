@@ -1,35 +1,53 @@
 """What flows between the stages: one Arrow schema per table, one frozen type per thing.
 
-Every column carries its description in the Parquet metadata (key `description`), so that a lake shows it too.
+Every column carries its description, and its unit if it has one, in the Parquet metadata, so that a lake shows them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Transform = Literal["signed", "absolute", "relative"]
 Side = Literal["proponent", "opponent"]
 
+PARQUET_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": ["source", "query_id", "shard_id", "side", "path", "column", "expected", "version"],
+    "row_group_size": 16_384,
+    "bloom_filter_options": {"example_id": {"ndv": 16_384, "fpp": 0.05}},
+    "write_page_checksum": True,
+}
+"""How every table is written (decision 5): dictionaries only where values repeat, and what lets engines skip."""
+SHARDS_AT_ONCE = 1024
+"""Shards made of a manifest at a time, when all of them are gone through."""
+
+_UNITS = dict.fromkeys(("base_loss", "counterpart_loss", "score"), "nats")
+_UNITS |= dict.fromkeys(("value", "sum", "mean", "top_value"), "nats; none if relative")
+_UNITS |= dict.fromkeys(("byte_start", "byte_stop", "size_bytes"), "bytes")
+
 
 def _schema(*columns: tuple[str, pa.DataType, bool, str]) -> pa.Schema:
-    return pa.schema([pa.field(name, kind, nullable, {"description": text}) for name, kind, nullable, text in columns])
+    return pa.schema([_field(*column) for column in columns])
+
+
+def _field(name: str, kind: pa.DataType, nullable: bool, text: str) -> pa.Field:
+    return pa.field(name, kind, nullable, {"description": text, **({"unit": _UNITS[name]} if name in _UNITS else {})})
 
 
 _EXAMPLE_ID = ("example_id", pa.string(), False, "Stable id of the training example, unique in the corpus.")
 _SOURCE = ("source", pa.string(), True, "Group of the example (site, author, split); null without a source column.")
 _QUERY_ID = ("query_id", pa.string(), False, "What is attributed: one or more examples asked about together.")
-_BASE_LOSS = ("base_loss", pa.float32(), False, "Loss of the example under the base model, in nats.")
-_COUNTERPART_LOSS = ("counterpart_loss", pa.float32(), False, "Loss of the example under the counterpart, in nats.")
-_SCORE = (
-    "score",
-    pa.float32(),
-    False,
-    "direction * (counterpart_loss - base_loss) in nats, subtracted before rounding; higher = more helpful to the query.",
+_BASE_LOSS = ("base_loss", pa.float32(), False, "Loss of the example under the base model.")
+_COUNTERPART_LOSS = ("counterpart_loss", pa.float32(), False, "Loss of the example under the counterpart.")
+_SCORE_TEXT = (
+    "`direction * (counterpart_loss - base_loss)`, subtracted before rounding; higher = more helpful to the query."
 )
+_SCORE = ("score", pa.float32(), False, _SCORE_TEXT)
 _SHARD_ID = ("shard_id", pa.int32(), False, "Shard of the manifest that holds the example.")
 _ROW = ("row", pa.int64(), False, "Position of the example in its corpus file, from 0.")
 _VALUE = ("value", pa.float32(), False, "The score after the transform named in topk/meta.json; what is sorted.")
@@ -42,7 +60,7 @@ _PARTITION = ("query_id", pa.dictionary(pa.int32(), pa.string()), False, _QUERY_
 SCORES = _schema(
     _EXAMPLE_ID, _SOURCE, _PARTITION, _BASE_LOSS, _COUNTERPART_LOSS, _SCORE, _SHARD_ID, _ROW
 )  # fmt: skip
-"""scores/query_id=Q/shard-NNNNNN.parquet: one row per scored example, in corpus order."""
+"""scores/query_id=Q/shard-NNNNNN.parquet: one row per scored example, highest score first (equal ones in corpus order)."""
 
 PARTIAL_TOPK = _schema(
     _QUERY_ID, _SIDE, _EXAMPLE_ID, _SOURCE, _VALUE, _SCORE, _BASE_LOSS, _COUNTERPART_LOSS, _SHARD_ID, _ROW
@@ -50,8 +68,8 @@ PARTIAL_TOPK = _schema(
 """partials/topk/shard-NNNNNN.parquet: the k strongest on each side, per query, of one shard."""
 
 RANKED = PARTIAL_TOPK.insert(
-    2, pa.field("rank", pa.int32(), False, {"description": "1 = strongest on its side; ties break by example_id."})
-)
+    2, _field("rank", pa.int32(), False, "1 = strongest on its side; ties break by example_id.")
+)  # fmt: skip
 """topk/ranked.parquet: as PARTIAL_TOPK over the whole corpus, with the payload columns behind."""
 
 SOURCES = _schema(
@@ -167,11 +185,6 @@ class Shard:
     size_bytes: int
     version: str
 
-    @property
-    def name(self) -> str:
-        """File stem of everything the shard writes."""
-        return f"shard-{self.shard_id:06d}"
-
 
 @dataclass(frozen=True)
 class Reject:
@@ -204,8 +217,9 @@ class Receipt:
     """What a commit says of its shard; small enough that the driver keeps all of them.
 
     Args:
+        addition: 0, or the addition of the run that added the shard or the queries.
         shard_id: Shard of the manifest.
-        fingerprint: Of the run that wrote it.
+        fingerprint: Of the run, or of its addition.
         rows: Rows scored, under every query.
         rejects: Rows in rejects/.
         files: Relative path -> {"bytes", "sha256"} of every object of the shard.
@@ -214,8 +228,10 @@ class Receipt:
         compute_s: Seconds in the loss engine.
         k: Depth of the partial top-k.
         transform: Transform of the partial top-k and sums, with its eps: `relative:0.001`.
+        quarantined: Why the whole shard was given up, so that all its rows are in rejects/; else null.
     """
 
+    addition: int
     shard_id: int
     fingerprint: str
     rows: int
@@ -226,20 +242,105 @@ class Receipt:
     compute_s: float
     k: int
     transform: str
+    quarantined: str | None = None
+
+    @property
+    def name(self) -> str:
+        """File stem of everything that the commit names."""
+        return work_name(self.addition, self.shard_id)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
 
 
-def manifest_table(shards: list[Shard]) -> pa.Table:
-    """Shards as rows of MANIFEST."""
-    return pa.Table.from_pylist([asdict(shard) for shard in shards], schema=MANIFEST)
+class Manifest(Sequence[Shard]):
+    """All shards of a run, in order, as compact as their table: a shard is made when it is asked for.
+
+    Args:
+        table: Rows of MANIFEST; shard ids count from 0.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.combine_chunks()
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> Manifest:
+        """The manifest of some shards."""
+        return cls(pa.Table.from_pylist([asdict(shard) for shard in shards], schema=MANIFEST))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            start, stop, step = position.indices(len(self))
+            assert step == 1
+            return Manifest(self.table.slice(start, stop - start))
+        if not -len(self) <= position < len(self):
+            raise IndexError(position)
+        return _shard(self.table.slice(position % len(self), 1).to_pylist()[0])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and self.table.equals(other.table)
+
+    def __iter__(self) -> Iterator[Shard]:
+        for batch in self.table.to_batches(max_chunksize=SHARDS_AT_ONCE):
+            yield from map(_shard, batch.to_pylist())
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        return int(pc.sum(self.table["rows"]).as_py() or 0)
 
 
-def manifest_shards(table: pa.Table) -> list[Shard]:
-    """Rows of MANIFEST as shards."""
-    return [
-        Shard(**{**row, "members": tuple(row["members"]) if row["members"] is not None else None})
-        for row in table.to_pylist()
-    ]
+def _shard(row: dict[str, Any]) -> Shard:
+    return Shard(**{**row, "members": tuple(row["members"]) if row["members"] is not None else None})
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a run was given at one time; number 0 is the run as it was frozen, the others are its growth.
+
+    Args:
+        number: From 0.
+        fingerprint: Carried by all that was made for it.
+        first_shard: First of its shards; it has none when that is `stop_shard`.
+        stop_shard: The shard after its last.
+        query_ids: Queries that are new in it.
+        corpus_uri: Where its shards' files were listed; null for the spec's own place, or if it has none.
+        queries_digest: Digest of the contents of its query files; null if it has none.
+    """
+
+    number: int
+    fingerprint: str
+    first_shard: int
+    stop_shard: int
+    query_ids: tuple[str, ...]
+    corpus_uri: str | None = None
+    queries_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A shard under some queries: what is scored, written and committed as one.
+
+    Args:
+        addition: Number of the addition that asks for it.
+        shard: Shard of the manifest.
+        query_ids: All queries there are, for a shard that is new; those that are new, for a shard that is not.
+    """
+
+    addition: int
+    shard: Shard
+    query_ids: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """File stem of everything it writes."""
+        return work_name(self.addition, self.shard.shard_id)
+
+
+def work_name(addition: int, shard_id: int) -> str:
+    """File stem of a shard's objects; a grown run scores old shards again, under its new queries."""
+    return f"shard-{shard_id:06d}" + (f"-addition-{addition}" if addition else "")

@@ -7,9 +7,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
 
-from .artifacts import Run, open_run, save_spec
+from .artifacts import Run
+from .audit import mend
 from .cluster import connected
-from .freeze import freeze
+from .freeze import extend, freeze
+from .frozen import open_run, save_spec
 from .rank import rank
 from .report import report
 from .score import score
@@ -26,8 +28,18 @@ def attribute(spec: Spec) -> Run:
     Raises:
         PipelineError: See errors.py; what is committed stays, and the same call goes on from there.
     """
-    run = freeze(spec)
-    with connected(spec.resources) if _needs_ray(run) else nullcontext():
+    return carry_on(freeze(spec))
+
+
+def grow(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run:
+    """Add queries or newly arrived corpus files to a finished run, and do what that asks for. Raises as `attribute` does."""
+    return carry_on(extend(run_uri, queries_uri, corpus_uri))
+
+
+def carry_on(run: Run) -> Run:
+    """Do what is not done yet of a frozen run."""
+    mend(run)
+    with connected(run.spec.resources) if _needs_ray(run) else nullcontext():
         tune(run)
         score(run)
     finish(run)
@@ -37,6 +49,7 @@ def attribute(spec: Spec) -> Run:
 def run_stage(spec: Spec, stage: Stage) -> Run:
     """Do one stage, for orchestrators that schedule them apart. Raises as `attribute` does."""
     run = freeze(spec)
+    mend(run)
     if stage == "rank":
         finish(run)
         return run
@@ -69,4 +82,4 @@ def finish(run: Run) -> None:
 
 def _needs_ray(run: Run) -> bool:
     """Whether anything is left that workers must do; a finished run needs no cluster."""
-    return len(run.committed_queries()) < len(run.query_ids) or len(run.committed_ids()) < len(run.shards)
+    return len(run.committed_queries()) < len(run.query_ids) or len(run.committed()) < run.number_of_works

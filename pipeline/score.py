@@ -8,60 +8,133 @@ Next: rank.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from . import topk
-from .artifacts import Run, open_run, partition
-from .cluster import Watchdog, bounded_retries, errors_of, require, room
-from .corpus import Corpus, Examples
-from .errors import ArtifactError
-from .extensions import load_model, load_task
-from .importing import user_code
-from .observe import Progress
-from .records import REJECTS, SCORES, Receipt, Reject, Shard
-
-if TYPE_CHECKING:
-    from .engine import Losses
+from . import storage
+from .artifacts import Run
+from .attempts import Attempt, Worker, start_attempts
+from .cluster import Watchdog, errors_of, require, room
+from .errors import QuarantineError, UnavailableError
+from .frozen import open_run
+from .observe import Progress, duration, every, say, unsent
+from .records import Receipt, Work
+from .scorer import ShardScorer
 
 SHARDS_AHEAD = 2
 """Calls that run in one actor at a time: one reads, decodes and writes while the other holds the engine."""
+SHARDS_PER_WAVE = 100_000
+"""Shards given to Ray Data at a time: its driver keeps something of each until the end."""
+LOOK_S = 2.0
+STALL_FACTOR, SHORTEST_STALL_S = 10.0, 600.0
+_Key = tuple[int, int]
 
 
 def score(run: Run) -> None:
     """Score the shards that are not committed yet.
 
     Raises:
-        InputError: More rows were rejected than the spec allows, or a corpus file changed; what is done is committed.
+        InputError: More rows were rejected than the spec allows; what is done is committed.
+        QuarantineError: Shards were given up, more than the spec allows; all others are committed.
         ContractError: The model or task failed.
-        ClusterError: Resources are missing, or an actor died more often than the spec allows.
+        StorageError: The store refused, or was gone for too long.
+        ClusterError: Resources are missing, or actors could not start.
     """
-    done = run.committed_ids()
-    pending = [shard for shard in run.shards if shard.shard_id not in done]
-    rejected = sum(receipt.rejects for receipt in run.receipts()) if done else 0
-    run.require_few_rejects(rejected)
-    if not pending:
-        return
-    watchdog = Watchdog("score")
-    progress = Progress("score", len(run.shards), "shards", done=len(done))
-    with errors_of("score"), watchdog.watching(), progress:
-        for row in _receipts(run, pending):
+    tally = _tally(run)
+    run.require_few_rejects(tally.rejects)
+    pending = [key for key in _keys(run) if key not in tally.done]
+    if pending:
+        _score(run, pending, tally)
+    if tally.quarantined:
+        _tell_quarantined(run, tally)
+
+
+@dataclass
+class _Tally:
+    """Where the stage stands: commits that stay, rows rejected one by one, shards given up with their rows and reason."""
+
+    done: set[_Key] = field(default_factory=set)
+    rejects: int = 0
+    quarantined: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def rows_lost(self) -> int:
+        """Rows in rejects/."""
+        return self.rejects + sum(rows for rows, _ in self.quarantined.values())
+
+
+def _keys(run: Run) -> Iterator[_Key]:
+    return ((work.addition, work.shard.shard_id) for work in run.works())
+
+
+def _tally(run: Run) -> _Tally:
+    """What is committed. Shards that were given up are tried again, unless the spec tolerates them."""
+    tally = _Tally()
+    given_up: list[Receipt] = []
+    for receipt in run.receipts():
+        tally.done.add((receipt.addition, receipt.shard_id))
+        if receipt.quarantined is None:
+            tally.rejects += receipt.rejects
+        else:
+            given_up.append(receipt)
+    if run.is_tolerable(tally.rejects + sum(receipt.rejects for receipt in given_up)):
+        tally.quarantined = {each.name: (each.rejects, each.quarantined or "") for each in given_up}
+        return tally
+    for receipt in given_up:
+        say(f"{receipt.name} was given up before ({receipt.quarantined}); it is tried again")
+        storage.remove(run.uri("commits", f"{receipt.name}.json"))
+        tally.done.remove((receipt.addition, receipt.shard_id))
+    return tally
+
+
+def _score(run: Run, pending: Sequence[_Key], tally: _Tally) -> None:
+    attempts = start_attempts()
+    stalls = _Stalls(run.spec.resources.score.stalled_after_s, attempts)
+    watchdog = Watchdog("score", detail=stalls.longest)
+    progress = Progress("score", run.number_of_works, "shards", done=len(tally.done))
+    with errors_of("score"), watchdog.watching(), every(LOOK_S, stalls.look), progress:
+        for row in _rows(run, pending, attempts):
             watchdog.feed()
+            stalls.took(row["seconds"])
+            for notice in filter(None, row["notices"].split("\n")):
+                say(notice)
             progress.advance(row["rows"])
-            rejected += row["rejects"]
-            run.require_few_rejects(rejected)
+            if row["quarantined"]:
+                tally.quarantined[row["name"]] = (row["rejects"], row["quarantined"])
+                say(f"warning: {row['name']} ({row['rejects']:,} rows) is given up: {row['quarantined']}")
+            else:
+                tally.rejects += row["rejects"]
+                run.require_few_rejects(tally.rejects)
 
 
-def _receipts(run: Run, pending: list[Shard]) -> Iterator[dict[str, Any]]:
-    """Rows {shard_id, rows, rejects} of shards as they are committed, in any order."""
+def _tell_quarantined(run: Run, tally: _Tally) -> None:
+    shown = "".join(f"\n  {name}: {rows:,} rows: {why}" for name, (rows, why) in islice(tally.quarantined.items(), 5))
+    given_up = f"{len(tally.quarantined)} of {run.number_of_works:,} shards were given up"
+    message = f"{given_up}; their rows are in {run.uri('rejects')}{shown}"
+    if run.is_tolerable(tally.rows_lost):
+        say(f"warning: {message}")
+        return
+    raise QuarantineError(
+        message,
+        "every other shard is scored. Mend what stands above and run the same command: it tries these again; or go on "
+        "without them with --set score.max_reject_fraction=...",
+    )
+
+
+def _rows(run: Run, pending: Sequence[_Key], attempts: Any) -> Iterator[dict[str, Any]]:
+    """What actors say of shards as they are committed, in any order."""
+    for start in range(0, len(pending), SHARDS_PER_WAVE):
+        yield from _wave(run, pending[start : start + SHARDS_PER_WAVE], attempts)
+
+
+def _wave(run: Run, pending: Sequence[_Key], attempts: Any) -> Iterator[dict[str, Any]]:
     import ray.data
-    from ray.data import ActorPoolStrategy
+    from ray.data import ActorPoolStrategy, DataContext
 
     resources = run.spec.resources.score
     if resources.actors is None:
@@ -69,174 +142,129 @@ def _receipts(run: Run, pending: list[Shard]) -> Iterator[dict[str, Any]]:
     else:
         actors = min(resources.actors, len(pending))
         require(actors, resources.cpus, resources.gpus, "resources.score")
-    # A shard is known by its id alone: actors read the rest from the manifest.
-    shards = ray.data.from_items([{"shard_id": shard.shard_id} for shard in pending], override_num_blocks=len(pending))
-    with bounded_retries(resources.max_failures):
-        scored = shards.map_batches(
-            ScoreShard,
-            fn_constructor_kwargs={"run_uri": run.uri()},
-            batch_size=1,
-            compute=ActorPoolStrategy(
-                size=actors,
-                max_tasks_in_flight_per_actor=2 * SHARDS_AHEAD,
-                max_concurrent_calls_per_actor=SHARDS_AHEAD,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus or None,
-            max_restarts=resources.max_failures,
-            max_task_retries=resources.max_failures,
-        )
+    DataContext.get_current().max_consecutive_actor_init_deaths = resources.max_failures
+    # A shard is known by its number alone: actors read the rest from the manifest.
+    items = [{"addition": addition, "shard_id": shard_id} for addition, shard_id in pending]
+    scored = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        ScoreShard,
+        fn_constructor_kwargs={"run_uri": run.uri(), "query_ids": _queries_of(run, pending), "attempts": attempts},
+        batch_size=1,
+        compute=ActorPoolStrategy(
+            size=actors,
+            max_tasks_in_flight_per_actor=2 * SHARDS_AHEAD,
+            max_concurrent_calls_per_actor=SHARDS_AHEAD,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+    )
     return iter(scored.iter_rows())
 
 
+def _queries_of(run: Run, pending: Sequence[_Key]) -> tuple[str, ...]:
+    """Queries that the pending shards need."""
+    kinds = {(addition, shard_id >= run.additions[addition].first_shard): shard_id for addition, shard_id in pending}
+    wanted = {
+        query_id for (addition, _), shard_id in kinds.items() for query_id in run.work(addition, shard_id).query_ids
+    }
+    return tuple(query_id for query_id in run.query_ids if query_id in wanted)
+
+
 class ScoreShard:
-    """The Ray Data actor: a ShardScorer behind the shape that `map_batches` calls."""
+    """The Ray Data actor: a ShardScorer behind the shape that `map_batches` calls.
 
-    def __init__(self, run_uri: str) -> None:
-        import torch
-
-        run = open_run(run_uri)
-        torch.set_num_threads(max(1, int(run.spec.resources.score.cpus)))
-        self._scorer = ShardScorer(run, "cuda" if run.spec.resources.score.gpus else "cpu")
-        self._shards = run.shards
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[int]]:
-        """Score a batch of shard ids; one small receipt row each."""
-        receipts = [self._scorer.score(self._shards[shard_id]) for shard_id in batch["shard_id"]]
-        return {name: [getattr(receipt, name) for receipt in receipts] for name in ("shard_id", "rows", "rejects")}
-
-
-class ShardScorer:
-    """Scores shards of one run; what an actor does, without Ray. Safe to call from several threads.
-
-    Args:
-        run: The frozen run, all counterparts committed.
-        device: torch device.
-
-    Raises:
-        ArtifactError: A counterpart is missing, damaged or does not fit the model.
-        SpecError, InputError, ContractError: Model or task cannot be made.
+    Ray restarts it and gives it its shards again for ever; what is bounded is how often a shard may take its actor with it.
     """
 
-    def __init__(self, run: Run, device: str) -> None:
-        import safetensors.torch
+    def __init__(self, run_uri: str, query_ids: tuple[str, ...], attempts: Any) -> None:
+        import torch
 
-        from .engine import LossEngine
+        self._run = open_run(run_uri)
+        resources = self._run.spec.resources.score
+        torch.set_num_threads(max(1, int(resources.cpus)))
+        self._max_failures = resources.max_failures
+        self._scorer = ShardScorer(self._run, "cuda" if resources.gpus else "cpu", query_ids)
+        self._worker = Worker(attempts)
 
-        committed = run.committed_queries()
-        if missing := [query_id for query_id in run.query_ids if query_id not in committed]:
-            raise ArtifactError(
-                f"{len(missing)} counterparts are not made yet, first {missing[0]!r}", "run stage tune first"
-            )
-        self._run = run
-        self._corpus = Corpus(run.spec.corpus)
-        self._direction_Q = np.array([run.counterpart_meta(query_id)["direction"] for query_id in run.query_ids])
-        tensors = [safetensors.torch.load(run.counterpart_tensors(query_id)) for query_id in run.query_ids]
-        model = load_model(run.spec.model, device, run.spec.seed)
-        try:
-            self._engine = LossEngine(model, load_task(run.spec.task), tensors)
-        except (KeyError, ValueError) as error:
-            raise ArtifactError(
-                f"a counterpart in {run.uri('counterparts')} does not fit the model: {error}"
-            ) from error
-        self._computing = threading.Lock()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Score a batch of shards; one small row each."""
+        keys = zip(batch["addition"].tolist(), batch["shard_id"].tolist(), strict=True)
+        rows = [self._row(self._run.work(addition, shard_id)) for addition, shard_id in keys]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def score(self, shard: Shard) -> Receipt:
-        """Read, score, write and commit one shard.
-
-        Raises:
-            InputError: The corpus file changed or cannot be read.
-            ContractError: The model or task failed.
-            StorageError: The store refused.
-        """
-        started_at_s = time.time()
-        examples = self._corpus.read(shard, self._run.columns)
-        with self._computing:
-            computing_s = time.monotonic()
-            losses = self._losses(shard, examples)
-            compute_s = time.monotonic() - computing_s
-        examples, losses = _only_finite(examples, losses, self._run.query_ids)
-        files = self._write(shard, examples, losses)
-        rank = self._run.spec.rank
-        receipt = Receipt(
-            shard_id=shard.shard_id,
-            fingerprint=self._run.resolved.fingerprint,
-            rows=len(examples.row_N),
-            rejects=len(examples.rejects),
-            files=files,
-            started_at_s=started_at_s,
-            finished_at_s=time.time(),
-            compute_s=compute_s,
-            k=rank.k,
-            transform=topk.transform_name(rank.transform, rank.eps),
-        )
-        self._run.commit_shard(receipt)
-        return receipt
-
-    def _losses(self, shard: Shard, examples: Examples) -> Losses:
-        with user_code(f"task {self._run.spec.task.implementation} on {shard.path} from row {shard.row_start}"):
-            return self._engine.losses(examples.arrays, self._run.spec.score.batch_rows)
-
-    def _write(self, shard: Shard, examples: Examples, losses: Losses) -> dict[str, dict[str, Any]]:
-        """Write everything of a shard but its commit; relative path -> size and digest."""
-        rank, name = self._run.spec.rank, f"{shard.name}.parquet"
-        tables: dict[str, pa.Table] = {}
-        tops, sums = [], []
-        for q, query_id in enumerate(self._run.query_ids):
-            scores = self._scores(shard, examples, losses, q)
-            tables[f"scores/{partition(query_id)}/{name}"] = scores
-            valued = topk.with_value(scores, rank.transform, rank.eps)
-            tops.append(topk.partial_topk(valued, rank.k, rank.transform))
-            if self._run.spec.corpus.source is not None:
-                sums.append(topk.source_sums(valued))
-        tables[f"partials/topk/{name}"] = pa.concat_tables(tops)
-        if sums:
-            tables[f"partials/sources/{name}"] = pa.concat_tables(sums)
-        if examples.rejects:
-            tables[f"rejects/{name}"] = _rejects_table(shard, examples.rejects)
-        return {path: self._run.write_table(table, path) for path, table in tables.items()}
-
-    def _scores(self, shard: Shard, examples: Examples, losses: Losses, q: int) -> pa.Table:
-        """Scores of one query, as SCORES; the difference is taken in float64 and rounded last."""
-        rows = len(examples.row_N)
-        difference_N = losses.counterpart_QN[q].astype(np.float64) - losses.base_N.astype(np.float64)
-        columns = {
-            "example_id": examples.example_id_N,
-            "source": examples.source_N,
-            "query_id": pa.array([self._run.query_ids[q]] * rows, pa.string()),
-            "base_loss": losses.base_N.astype(np.float32),
-            "counterpart_loss": losses.counterpart_QN[q].astype(np.float32),
-            "score": (self._direction_Q[q] * difference_N + 0.0).astype(np.float32),  # + 0.0: no negative zero
-            "shard_id": np.full(rows, shard.shard_id, np.int32),
-            "row": examples.row_N,
+    def _row(self, work: Work) -> dict[str, Any]:
+        started_s = time.monotonic()
+        with self._worker.attempt(work.name) as number:
+            if number > self._max_failures + 1:
+                died = f"{number - 1} workers died or stalled on it, the last attempts with no other shard beside it"
+                receipt = self._scorer.quarantine(work, died)
+            else:
+                receipt = self._score(work)
+        return {
+            "name": work.name,
+            "rows": receipt.rows,
+            "rejects": receipt.rejects,
+            "quarantined": receipt.quarantined or "",
+            "seconds": time.monotonic() - started_s,
+            "notices": "\n".join(unsent()),
         }
-        return pa.table(columns).cast(SCORES)
+
+    def _score(self, work: Work) -> Receipt:
+        """Score a shard, again if the store was away for longer than one request is repeated."""
+        for failed in range(1, self._max_failures + 1):
+            try:
+                return self._scorer.score(work)
+            except UnavailableError as error:
+                say(f"warning: {work.name}: {error.message}; attempt {failed + 1} of {self._max_failures + 1}")
+        return self._scorer.score(work)
 
 
-def _only_finite(examples: Examples, losses: Losses, query_ids: tuple[str, ...]) -> tuple[Examples, Losses]:
-    """Move rows with a loss that is not finite, under any model, to the rejects."""
-    names = ["base_loss", *(f"counterpart_loss of query {query_id}" for query_id in query_ids)]
-    losses_MN = np.vstack([losses.base_N, losses.counterpart_QN])
-    finite_MN = np.isfinite(losses_MN)
-    good_N = finite_MN.all(axis=0)
-    if good_N.all():
-        return examples, losses
-    rejects = []
-    for i in np.flatnonzero(~good_N):
-        m = int(np.argmin(finite_MN[:, i]))
-        got, example_id = str(losses_MN[m, i]), examples.example_id_N[int(i)].as_py()
-        rejects.append(Reject(int(examples.row_N[i]), names[m], got, "a finite loss", example_id))
-    kept = Examples(
-        example_id_N=examples.example_id_N.filter(pa.array(good_N)),
-        source_N=examples.source_N.filter(pa.array(good_N)),
-        row_N=examples.row_N[good_N],
-        arrays={},
-        rejects=sorted([*examples.rejects, *rejects], key=lambda reject: reject.row),
-    )
-    return kept, type(losses)(losses.base_N[good_N], losses.counterpart_QN[:, good_N])
+class _Stalls:
+    """Ends actors that sit on a shard for too long, so that Ray gives it to another: counted as a death of the shard's.
+
+    Args:
+        after_s: What is too long; null for STALL_FACTOR times the slowest shard so far, at least SHORTEST_STALL_S.
+        attempts: The counter.
+    """
+
+    def __init__(self, after_s: float | None, attempts: Any) -> None:
+        self._after_s, self._attempts = after_s, attempts
+        self._slowest_s = 0.0
+
+    def took(self, seconds: float) -> None:
+        """A shard was done in so many seconds."""
+        self._slowest_s = max(self._slowest_s, seconds)
+
+    def _running(self) -> list[Attempt]:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            return list(ray.get(self._attempts.running.remote(), timeout=LOOK_S))
+        except RayError:
+            return []
+
+    def longest(self) -> str:
+        """The shard that is worked on for longest, for people."""
+        running = self._running()
+        return f"; {_described(running[0])}" if running else ""
+
+    def look(self) -> None:
+        """End what stalls."""
+        import ray
+
+        limit_s = self._after_s
+        if limit_s is None and self._slowest_s:
+            limit_s = max(SHORTEST_STALL_S, STALL_FACTOR * self._slowest_s)
+        if limit_s is None or not ray.is_initialized():
+            return
+        for attempt in self._running():
+            if time.time() - attempt.since_s > limit_s:
+                say(f"warning: {_described(attempt)}; its worker is ended and the shard tried again")
+                ray.kill(attempt.actor, no_restart=False)
 
 
-def _rejects_table(shard: Shard, rejects: list[Reject]) -> pa.Table:
-    rows = [{"shard_id": shard.shard_id, "path": shard.path, **asdict(reject)} for reject in rejects]
-    return pa.Table.from_pylist(rows, schema=REJECTS)
+def _described(attempt: Attempt) -> str:
+    at = time.strftime("%H:%M:%S", time.localtime(attempt.since_s))
+    lasting = duration(time.time() - attempt.since_s)
+    return f"{attempt.name} is worked on by {attempt.worker} since {at} ({lasting}, attempt {attempt.number})"

@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .choices import ModelSection, ProducerSection, Section, TaskSection, Unlearn
+from .choices import ModelSection, ProducerSection, Section, TaskSection, Unlearn, Uri
 from .records import Transform
 
-Uri = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _NotNegative = Annotated[float, Field(ge=0)]
@@ -105,7 +104,10 @@ class ScoreResources(Section):
     gpus: _NotNegative = 0.0
     """GPUs of each."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Times that a shard is tried again after its actor died."""
+    """Times that a shard is tried again after its actor died or stalled on it; then it is given up, and the others go on."""
+    stalled_after_s: _Positive | None = None
+    """Seconds on one shard after which its actor is ended and the shard tried again. Null: 10 times the slowest shard of this
+    start, at least 600; before one has finished, never."""
 
 
 class ResourcesSection(Section):
@@ -126,6 +128,10 @@ class Resolved(Section):
     """Digest of all that decides the scores."""
     digests: dict[str, str]
     """sha256 of the contents of `weights` and `queries`, and of the names, sizes and rows (not the contents) of the `corpus`."""
+    tables: dict[str, str] = {}
+    """sha256 of `manifest.parquet` and `queries.parquet`, as they were frozen."""
+    commits: Literal["create", "put"] = "put"
+    """Whether the store has conditional PUTs, so that a first commit stands (`create`); tried out when the run was frozen."""
     versions: dict[str, str]
     """Of mirrorscope, Python, torch, Ray and pyarrow. Other versions may round differently."""
 

@@ -13,11 +13,12 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from .artifacts import Run, open_run
+from .artifacts import Run
 from .cluster import Watchdog, errors_of, require
 from .corpus import decode_queries
 from .errors import ContractError, NumericsError, PipelineError
 from .extensions import load_model, load_producer, load_task
+from .frozen import open_run
 from .importing import user_code
 from .observe import Progress, every, say
 from .storage import remove_folder

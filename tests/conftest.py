@@ -16,7 +16,7 @@ import safetensors.torch
 from jobs import digits
 from pipeline import freeze, storage
 from pipeline.artifacts import Run
-from pipeline.score import ShardScorer
+from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tune import Tuner
 from tests import seaweed
@@ -89,13 +89,14 @@ def run_without_ray(spec: Any, shard_order: Callable[[list], list] = list) -> Ru
     """Everything that workers do, in this process: freeze, tune, score."""
     run = freeze.freeze(spec)
     tuner = Tuner(run, "cpu")
-    made, done = run.committed_queries(), run.committed_ids()
+    made, done = run.committed_queries(), run.committed()
     for query_id in run.query_ids:
         if query_id not in made:
             tuner.tune(query_id)
     scorer = ShardScorer(run, "cpu")
-    for shard in shard_order([shard for shard in run.shards if shard.shard_id not in done]):
-        scorer.score(shard)
+    pending = [work for work in run.works() if (work.addition, work.shard.shard_id) not in done]
+    for work in shard_order(pending):
+        scorer.score(work)
     return run
 
 

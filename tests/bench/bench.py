@@ -27,7 +27,7 @@ from pipeline import cluster
 from pipeline.artifacts import Run
 from pipeline.freeze import freeze
 from pipeline.run import finish
-from pipeline.score import ShardScorer, score
+from pipeline.scorer import ShardScorer, score
 from pipeline.specfile import parse_spec
 from pipeline.tune import tune
 from tests.bench.table import Row, at_least, figure, machine, publish

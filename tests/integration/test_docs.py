@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import records
-from pipeline.artifacts import open_run
+from pipeline.frozen import open_run
 from pipeline.run import finish
 from tests.conftest import run_without_ray
 

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from pipeline import freeze, rank, report, storage
-from pipeline.artifacts import open_run
+from pipeline.frozen import open_run
 from pipeline.corpus import Corpus
 from pipeline.errors import ArtifactError, ContractError, InputError, NumericsError, SpecError
 from pipeline.producers.base import Produced
 from pipeline.records import Column, Shard
 from pipeline.run import finish, rerank
-from pipeline.score import ShardScorer
+from pipeline.scorer import ShardScorer
 from pipeline.spec import CorpusSection
 from pipeline.specfile import load_spec
 from pipeline.tune import Tuner

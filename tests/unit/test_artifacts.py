@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import is_run, open_run, partition
+from pipeline.artifacts import partition
 from pipeline.errors import ArtifactError, InputError
 from pipeline.freeze import freeze
+from pipeline.frozen import is_run, open_run
 from pipeline.records import Receipt
 from pipeline.storage import bytes_digest
 
@@ -47,6 +48,7 @@ def write_queries(world, tmp_path):
 def receipt(run, shard_id, **changes):
     """What stage score would commit for a shard all of whose rows are good."""
     whole = Receipt(
+        addition=0,
         shard_id=shard_id,
         fingerprint=run.resolved.fingerprint,
         rows=run.shards[shard_id].rows,
@@ -63,8 +65,8 @@ def receipt(run, shard_id, **changes):
 
 def commit_all(run, **changes_of_last):
     for shard in run.shards[:-1]:
-        run.commit_shard(receipt(run, shard.shard_id))
-    run.commit_shard(receipt(run, run.shards[-1].shard_id, **changes_of_last))
+        run.commit(receipt(run, shard.shard_id))
+    run.commit(receipt(run, run.shards[-1].shard_id, **changes_of_last))
 
 
 def test_a_frozen_run_opens_as_it_was_frozen(run):
@@ -77,11 +79,11 @@ def test_a_frozen_run_opens_as_it_was_frozen(run):
 
 def test_a_moved_run_folder_still_opens(run, tmp_path):
     """What run.yaml says of its own place does not count: reads and writes go to the new one."""
-    run.commit_shard(receipt(run, 0))
+    run.commit(receipt(run, 0))
     moved = shutil.move(run.uri(), tmp_path / "elsewhere")
     opened = open_run(str(moved))
-    assert (str(moved), {0}) == (opened.uri(), opened.committed_ids())
-    opened.commit_shard(receipt(run, 1))
+    assert (str(moved), {(0, 0)}) == (opened.uri(), opened.committed())
+    opened.commit(receipt(run, 1))
     assert [0, 1] == [one.shard_id for one in open_run(str(moved)).receipts()]
 
 
@@ -146,9 +148,9 @@ def test_a_frozen_file_that_is_gone_is_an_artifact_error_that_names_it(run, name
 
 
 def test_another_table_is_no_manifest(run):
-    """A Parquet file with other columns is refused by name."""
+    """A Parquet file that is not the one that was frozen is refused by name."""
     shutil.copy(run.uri("queries.parquet"), run.uri("manifest.parquet"))
-    with pytest.raises(ArtifactError, match=r"manifest\.parquet is not a manifest"):
+    with pytest.raises(ArtifactError, match=r"manifest\.parquet is not what its commit says"):
         open_run(run.uri())
 
 
@@ -156,21 +158,21 @@ def test_commits_read_back_by_shard(run):
     """Receipts come back equal, sorted by shard, whatever the order of writing."""
     written = [receipt(run, 2, rejects=3, rows=19), receipt(run, 0), receipt(run, 1, k=9, transform="relative:0.001")]
     for one in written:
-        run.commit_shard(one)
-    assert sorted(written, key=lambda one: one.shard_id) == run.receipts()
-    assert {0, 1, 2} == run.committed_ids()
+        run.commit(one)
+    assert sorted(written, key=lambda one: one.shard_id) == list(run.receipts())
+    assert {(0, 0), (0, 1), (0, 2)} == run.committed()
 
 
 def test_a_fresh_run_has_no_commits(run):
     """Nothing is committed before it is written."""
-    assert (set(), [], set()) == (run.committed_ids(), run.receipts(), run.committed_queries())
+    assert (set(), [], set()) == (run.committed(), list(run.receipts()), run.committed_queries())
 
 
 def test_a_shard_committed_twice_counts_once(run):
     """The same name is written again."""
-    run.commit_shard(receipt(run, 1))
-    run.commit_shard(receipt(run, 1))
-    assert [receipt(run, 1)] == run.receipts()
+    run.commit(receipt(run, 1))
+    run.commit(receipt(run, 1))
+    assert [receipt(run, 1)] == list(run.receipts())
 
 
 def test_a_complete_run_is_sealed_with_its_counts(make_spec):
@@ -178,14 +180,14 @@ def test_a_complete_run_is_sealed_with_its_counts(make_spec):
     run = freeze(make_spec("score.max_reject_fraction=0.1"))
     commit_all(run, rows=20, rejects=2)
     run.seal()
-    expected = {"shards": 3, "rows": 148, "rejects": 2, "fingerprint": run.resolved.fingerprint}
+    expected = {"shards": 3, "rows": 148, "rejects": 2, "commits": 3, "fingerprint": run.resolved.fingerprint}
     assert expected == json.loads(Path(run.uri("_SUCCESS")).read_text())
 
 
 def test_a_run_with_a_missing_shard_is_not_sealed(run):
     """The message counts the commits; no _SUCCESS appears."""
-    run.commit_shard(receipt(run, 0))
-    run.commit_shard(receipt(run, 2))
+    run.commit(receipt(run, 0))
+    run.commit(receipt(run, 2))
     with pytest.raises(ArtifactError, match="2 of 3 shards are committed") as caught:
         run.seal()
     assert "score" in caught.value.hint
@@ -196,16 +198,16 @@ def test_a_run_with_a_missing_shard_is_not_sealed(run):
 def test_a_run_whose_rows_do_not_add_up_is_not_sealed(run, rows, rejects):
     """Every row of the corpus is scored or rejected, none twice."""
     commit_all(run, rows=rows, rejects=rejects)
-    with pytest.raises(ArtifactError, match=f"commit of shard 2: {rows} scored .* {rejects} rejected .*expected 22"):
+    with pytest.raises(ArtifactError, match=f"commit shard-000002: {rows} scored .* {rejects} rejected .*expected 22"):
         run.seal()
     assert not Path(run.uri("_SUCCESS")).exists()
 
 
 def test_a_commit_of_another_run_is_refused(run):
     """The message shows both fingerprints, the hint what to do."""
-    run.commit_shard(receipt(run, 1, fingerprint="another"))
-    with pytest.raises(ArtifactError, match="commit of shard 1 carries fingerprint another, expected") as caught:
-        run.receipts()
+    run.commit(receipt(run, 1, fingerprint="another"))
+    with pytest.raises(ArtifactError, match="commit shard-000001 carries fingerprint another, expected") as caught:
+        list(run.receipts())
     assert run.resolved.fingerprint in caught.value.message
     assert "new run.uri" in caught.value.hint
 
@@ -227,7 +229,7 @@ def test_a_damaged_commit_is_an_artifact_error_that_names_the_file(run, data):
     commit_all(run)
     Path(run.uri("commits", "shard-000001.json")).write_bytes(data)
     with pytest.raises(ArtifactError, match=r"shard-000001\.json"):
-        run.receipts()
+        list(run.receipts())
 
 
 def test_a_counterpart_reads_back_as_committed(run):

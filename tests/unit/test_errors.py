@@ -27,6 +27,7 @@ def test_exit_codes_tell_the_kinds_apart():
         "ContractError": 4,
         "NumericsError": 5,
         "ArtifactError": 6,
+        "ForeignError": 6,
         "StorageError": 7,
         "UnavailableError": 7,
         "ClusterError": 8,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.plan import MAX_SHARD_ROWS, fingerprint, identity, make_shards, shard_rows
-from pipeline.records import Column, Measured, SourceFile, manifest_shards, manifest_table
+from pipeline.records import Column, Manifest, Measured, SourceFile
 from tests.unit.test_spec import parse
 
 
@@ -40,7 +40,7 @@ def test_byte_ranges_hold_the_shards_rows(rows, rows_per_shard, stride):
 def test_a_manifest_reads_back_as_it_was_written(rows_each):
     """Shards -> table -> shards is the identity."""
     shards = make_shards(measured(rows_each), 7)
-    assert shards == manifest_shards(manifest_table(shards))
+    assert shards == list(Manifest.of(shards))
 
 
 def test_shards_are_whole_batches_and_bounded():

@@ -1,0 +1,259 @@
+"""Is a run what its commits say? Told from the objects alone; what is damaged can be mended, what nobody names removed.
+
+Reads: everything in the run's folder.
+Writes: nothing; `mend` deletes the commit of what is damaged, `collect` deletes orphans.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from . import storage
+from .artifacts import READ_AT_ONCE, Run, parallel, partition
+from .errors import ArtifactError, ForeignError, InputError
+from .frozen import frozen_objects
+from .observe import Progress, say
+from .records import Receipt, Work, work_name
+from .storage import Stored
+
+RECHECK_BYTES = 1 << 30
+"""Up to so much, a start reads again all that is committed; beyond, it looks at sizes and leaves the rest to `verify`."""
+MADE_ANEW = ("topk/", "report/", "lake/", "_SUCCESS")
+"""What every rank, report and publication writes again: no commit names it."""
+_DATA = ("scores/", "partials/", "rejects/", "counterparts/")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be.
+
+    Args:
+        path: Object in the run's folder.
+        what: What is wrong with it.
+        commit: The commit to delete so that the next start makes it anew; null where that does not help.
+    """
+
+    path: str
+    what: str
+    commit: str | None = None
+
+
+@dataclass
+class Audit:
+    """What was found.
+
+    Args:
+        works: Shards to score, those of additions again under their queries.
+        commits: Shards that are committed.
+        counterparts: Counterparts that are committed.
+        rows: Score rows per query set, as the commits say.
+        rejects: Rows in rejects/.
+        quarantined: Shards given up.
+        objects: Objects that commits name.
+        read_bytes: Bytes read to compare digests; 0 if only sizes were compared.
+        sealed: Whether _SUCCESS stands for all of the run.
+        damage: What is not as it should be.
+        orphans: Objects that nobody names, with size and time.
+    """
+
+    works: int
+    commits: int = 0
+    counterparts: int = 0
+    rows: int = 0
+    rejects: int = 0
+    quarantined: int = 0
+    objects: int = 0
+    read_bytes: int = 0
+    sealed: bool = False
+    damage: list[Finding] = field(default_factory=list)
+    orphans: dict[str, Stored] = field(default_factory=dict)
+
+
+def audit(run: Run, read_at_most: float = float("inf"), shown: bool = True) -> Audit:
+    """Compare a run's objects with its manifest and commits.
+
+    Args:
+        run: The run.
+        read_at_most: With more bytes of data than this, objects are compared by size instead of by digest.
+        shown: Shows progress.
+
+    Raises:
+        StorageError: The store refused.
+    """
+    committed, made = run.committed(), run.committed_queries()
+    stored = storage.objects(run.uri())  # after the commits: all that they name is there to be seen
+    data_bytes = sum(each.size_bytes for path, each in stored.items() if path.startswith(_DATA))
+    look = _Look(run, stored, deep=data_bytes <= read_at_most)
+    found = Audit(works=run.number_of_works, commits=len(committed), counterparts=len(made))
+    named = set(stored) & set(_check_frozen(look, found))
+    for query_id in sorted(made):
+        named |= _check_counterpart(look, found, query_id)
+    progress = Progress("verify", len(committed), "shards", shown=shown)
+    with progress:
+        for some in _chunks(sorted(committed)):
+            for paths, findings, receipt in parallel(lambda key: look.commit(*key), some):
+                named |= paths
+                found.damage += findings
+                if receipt is not None:
+                    _add(found, run, receipt)
+                progress.advance(receipt.rows if receipt is not None else 0)
+    found.objects, found.read_bytes = len(named), look.read_bytes
+    _check_seal(run, stored, found)
+    found.orphans = {
+        path: each for path, each in stored.items() if path not in named and not path.startswith(MADE_ANEW)
+    }
+    return found
+
+
+def mend(run: Run) -> None:
+    """See at a start that what is committed is whole, and void what is not, so that it is made anew.
+
+    Raises:
+        ArtifactError: Something is wrong that making anew does not mend.
+    """
+    if not run.committed_queries():
+        return
+    found = audit(run, RECHECK_BYTES, shown=False)
+    void(run, found.damage)
+
+
+def void(run: Run, damage: Sequence[Finding]) -> None:
+    """Delete the commits of what is damaged. Raises ArtifactError for damage that this does not mend; deletes nothing then."""
+    if hopeless := [finding for finding in damage if finding.commit is None]:
+        raise ArtifactError(
+            f"{run.uri(hopeless[0].path)}: {hopeless[0].what}"
+            + (f", and {len(hopeless) - 1} more like it" if len(hopeless) > 1 else ""),
+            "`mirrorscope verify` lists all of it",
+        )
+    for finding in damage:
+        say(f"warning: {run.uri(finding.path)}: {finding.what}; it is made anew")
+    for commit in dict.fromkeys(finding.commit for finding in damage if finding.commit):
+        storage.remove(run.uri(commit))
+
+
+def collect(run: Run, older_than_s: float, dry: bool = False) -> dict[str, Stored]:
+    """Delete objects that nobody names and that are older than that; what was (or would be) deleted.
+
+    Young ones may belong to a worker that has not committed yet. Raises ArtifactError for a damaged run: deletes nothing then.
+    """
+    found = audit(run, read_at_most=-1)
+    if found.damage:
+        raise ArtifactError(
+            f"{run.uri()}: {len(found.damage)} things are damaged", "mend it first: see `mirrorscope verify`"
+        )
+    before_s = time.time() - older_than_s
+    old = {path: each for path, each in found.orphans.items() if each.modified_s <= before_s}
+    if not dry:
+        parallel(lambda path: storage.remove(run.uri(path)), list(old))
+    return old
+
+
+class _Look:
+    """What is on the store against what should be."""
+
+    def __init__(self, run: Run, stored: dict[str, Stored], deep: bool) -> None:
+        self._run, self._stored, self._deep = run, stored, deep
+        self.read_bytes = 0
+
+    def commit(self, addition: int, shard_id: int) -> tuple[set[str], list[Finding], Receipt | None]:
+        """Paths that a shard's commit names (its own too), what is wrong with them, and the commit if it can be used."""
+        path = f"commits/{work_name(addition, shard_id)}.json"
+        try:
+            receipt = self._run.receipt(addition, shard_id)
+            work = self._run.work(addition, shard_id)
+        except (ArtifactError, InputError) as error:
+            foreign = isinstance(error, ForeignError)
+            return {path}, [Finding(path, error.message, commit=None if foreign else path)], None
+        except IndexError:
+            return {path}, [Finding(path, "the manifest has no such shard")], None
+        findings = [Finding(path, what, path) for what in _wrong_counts(receipt, work)]
+        for name, written in receipt.files.items():
+            expected_rows = receipt.rejects if name.startswith("rejects/") else receipt.rows
+            rows = expected_rows if name.startswith(("rejects/", "scores/")) else None
+            findings += [
+                Finding(name, what, path) for what in self.wrong(name, written["sha256"], written["bytes"], rows)
+            ]
+        return {path, *receipt.files}, findings, receipt
+
+    def wrong(self, path: str, sha256: str | None, size_bytes: int | None, rows: int | None = None) -> Iterator[str]:
+        """What is wrong with one object."""
+        there = self._stored.get(path)
+        if there is None:
+            yield "is missing"
+        elif size_bytes is not None and there.size_bytes != size_bytes:
+            yield f"got {there.size_bytes:,} bytes, expected {size_bytes:,}"
+        elif self._deep and sha256 is not None:
+            data = storage.read_bytes(self._run.uri(path))
+            self.read_bytes += len(data)
+            if (got := storage.bytes_digest(data)) != sha256:
+                yield f"got sha256 {got}, expected {sha256}"
+            elif rows is not None and (got_rows := _parquet_rows(data)) != rows:
+                yield f"got {got_rows} rows, expected {rows:,}"
+
+
+def _parquet_rows(data: bytes) -> int | str:
+    try:
+        return int(pq.read_metadata(io.BytesIO(data)).num_rows)
+    except (pa.ArrowInvalid, OSError) as error:
+        return f"no Parquet ({error})"
+
+
+def _wrong_counts(receipt: Receipt, work: Work) -> Iterator[str]:
+    if receipt.rows + receipt.rejects != work.shard.rows:
+        yield f"{receipt.rows:,} scored + {receipt.rejects:,} rejected rows, expected {work.shard.rows:,}"
+    wanted = {f"rejects/{work.name}.parquet"} if receipt.rejects else set()
+    if not receipt.quarantined:
+        wanted |= {f"scores/{partition(query_id)}/{work.name}.parquet" for query_id in work.query_ids}
+    if missing := sorted(wanted - set(receipt.files)):
+        yield f"names no {missing[0]}"
+
+
+def _check_frozen(look: _Look, found: Audit) -> Iterator[str]:
+    for path, sha256 in frozen_objects(look._run).items():
+        found.damage += [Finding(path, what) for what in look.wrong(path, sha256, None)]
+        yield path
+
+
+def _check_counterpart(look: _Look, found: Audit, query_id: str) -> set[str]:
+    """Paths of a counterpart."""
+    folder = f"counterparts/{partition(query_id)}"
+    meta, tensors = f"{folder}/meta.json", f"{folder}/changed.safetensors"
+    try:
+        written = look._run.counterpart_meta(query_id)["tensors"]
+    except ArtifactError as error:
+        foreign = isinstance(error, ForeignError)
+        found.damage.append(Finding(meta, error.message, commit=None if foreign else meta))
+    else:
+        wrong = look.wrong(tensors, written["sha256"], written["bytes"])
+        found.damage += [Finding(tensors, what, meta) for what in wrong]
+    return {meta, tensors}
+
+
+def _check_seal(run: Run, stored: dict[str, Stored], found: Audit) -> None:
+    try:
+        found.sealed = run.is_sealed()
+    except (ArtifactError, KeyError, TypeError) as error:
+        found.damage.append(Finding("_SUCCESS", f"cannot be read: {error}", "_SUCCESS"))
+    if found.sealed and found.commits < found.works:
+        found.damage.append(
+            Finding("_SUCCESS", f"stands, but {found.works - found.commits:,} shards have no commit", "_SUCCESS")
+        )
+
+
+def _add(found: Audit, run: Run, receipt: Receipt) -> None:
+    found.rejects += receipt.rejects
+    found.rows += receipt.rows
+    found.quarantined += receipt.quarantined is not None
+
+
+def _chunks(keys: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    todo = iter(keys)
+    while some := list(islice(todo, READ_AT_ONCE)):
+        yield some

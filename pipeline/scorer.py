@@ -1,0 +1,189 @@
+"""What an actor of stage score does with a shard, without Ray: read, score, write, commit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from . import topk
+from .artifacts import Run, partition
+from .corpus import Corpus, Examples
+from .errors import ArtifactError, InputError
+from .extensions import load_model, load_task
+from .importing import user_code
+from .records import REJECTS, SCORES, Receipt, Reject, Shard, Work
+
+if TYPE_CHECKING:
+    from .engine import Losses
+
+
+class ShardScorer:
+    """Scores shards of one run. Safe to call from several threads.
+
+    Args:
+        run: The frozen run.
+        device: torch device.
+        query_ids: Queries whose counterparts are held; null for all of them. They must be committed.
+
+    Raises:
+        ArtifactError: A counterpart is missing, damaged or does not fit the model.
+        SpecError, InputError, ContractError: Model or task cannot be made.
+    """
+
+    def __init__(self, run: Run, device: str, query_ids: tuple[str, ...] | None = None) -> None:
+        import safetensors.torch
+
+        from .engine import LossEngine
+
+        self._query_ids = run.query_ids if query_ids is None else query_ids
+        committed = run.committed_queries()
+        if missing := [query_id for query_id in self._query_ids if query_id not in committed]:
+            raise ArtifactError(
+                f"{len(missing)} counterparts are not made yet, first {missing[0]!r}", "run stage tune first"
+            )
+        self._run = run
+        self._corpus = Corpus(run.spec.corpus)
+        self._directions = {query_id: run.counterpart_meta(query_id)["direction"] for query_id in self._query_ids}
+        tensors = [safetensors.torch.load(run.counterpart_tensors(query_id)) for query_id in self._query_ids]
+        model = load_model(run.spec.model, device, run.spec.seed)
+        try:
+            self._engine = LossEngine(model, load_task(run.spec.task), tensors)
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"a counterpart in {run.uri('counterparts')} does not fit the model: {error}"
+            ) from error
+        self._computing = threading.Lock()
+
+    def score(self, work: Work) -> Receipt:
+        """Read, score, write and commit one shard; one that cannot be read is quarantined. The commit that then stands.
+
+        Raises:
+            ContractError: The model or task failed.
+            StorageError: The store refused.
+        """
+        started_at_s = time.time()
+        try:
+            examples = self._corpus.read(work.shard, self._run.columns)
+        except InputError as error:
+            return self.quarantine(work, error.message)
+        with self._computing:
+            computing_s = time.monotonic()
+            losses = self._losses(work, examples)
+            compute_s = time.monotonic() - computing_s
+        standing = self._run.standing(work.addition, work.shard.shard_id)
+        if standing is not None:  # somebody was faster: a slow attempt that was taken for dead leaves all as it is
+            return standing
+        examples, losses = _only_finite(examples, losses, work.query_ids)
+        files = self._write(work, examples, losses)
+        return self._commit(work, started_at_s, compute_s, len(examples.row_N), len(examples.rejects), files)
+
+    def quarantine(self, work: Work, reason: str) -> Receipt:
+        """Give up a shard: all its rows go to rejects/ with the reason, and that is committed. Raises StorageError."""
+        started_at_s, shard = time.time(), work.shard
+        rows = range(shard.row_start, shard.row_start + shard.rows)
+        rejects = [Reject(row, "shard", reason, "a shard that can be scored") for row in rows]
+        path = f"rejects/{work.name}.parquet"
+        files = {path: self._run.write_table(_rejects_table(shard, rejects), path)}
+        return self._commit(work, started_at_s, 0.0, 0, shard.rows, files, quarantined=reason)
+
+    def _commit(
+        self,
+        work: Work,
+        started_at_s: float,
+        compute_s: float,
+        rows: int,
+        rejects: int,
+        files: dict[str, dict[str, Any]],
+        quarantined: str | None = None,
+    ) -> Receipt:
+        rank = self._run.spec.rank
+        receipt = Receipt(
+            addition=work.addition,
+            shard_id=work.shard.shard_id,
+            fingerprint=self._run.additions[work.addition].fingerprint,
+            rows=rows,
+            rejects=rejects,
+            files=files,
+            started_at_s=started_at_s,
+            finished_at_s=time.time(),
+            compute_s=compute_s,
+            k=rank.k,
+            transform=topk.transform_name(rank.transform, rank.eps),
+            quarantined=quarantined,
+        )
+        return self._run.commit(receipt)
+
+    def _losses(self, work: Work, examples: Examples) -> Losses:
+        task, shard = self._run.spec.task.implementation, work.shard
+        positions = [self._query_ids.index(query_id) for query_id in work.query_ids]
+        with user_code(f"task {task} on {shard.path} from row {shard.row_start}"):
+            return self._engine.losses(examples.arrays, self._run.spec.score.batch_rows, positions)
+
+    def _write(self, work: Work, examples: Examples, losses: Losses) -> dict[str, dict[str, Any]]:
+        """Write everything of a shard but its commit; relative path -> size and digest."""
+        rank, name = self._run.spec.rank, f"{work.name}.parquet"
+        tables: dict[str, pa.Table] = {}
+        tops, sums = [], []
+        for q, query_id in enumerate(work.query_ids):
+            scores = self._scores(work, examples, losses, q)
+            tables[f"scores/{partition(query_id)}/{name}"] = scores
+            valued = topk.with_value(scores, rank.transform, rank.eps)
+            tops.append(topk.partial_topk(valued, rank.k, rank.transform))
+            if self._run.spec.corpus.source is not None:
+                sums.append(topk.source_sums(valued))
+        tables[f"partials/topk/{name}"] = pa.concat_tables(tops)
+        if sums:
+            tables[f"partials/sources/{name}"] = pa.concat_tables(sums)
+        if examples.rejects:
+            tables[f"rejects/{name}"] = _rejects_table(work.shard, examples.rejects)
+        return {path: self._run.write_table(table, path) for path, table in tables.items()}
+
+    def _scores(self, work: Work, examples: Examples, losses: Losses, q: int) -> pa.Table:
+        """Scores of one query, as SCORES in the order of its file; the difference is taken in float64 and rounded last."""
+        rows, query_id = len(examples.row_N), work.query_ids[q]
+        difference_N = losses.counterpart_QN[q].astype(np.float64) - losses.base_N.astype(np.float64)
+        columns = {
+            "example_id": examples.example_id_N,
+            "source": examples.source_N,
+            "query_id": pa.array([query_id] * rows, pa.string()),
+            "base_loss": losses.base_N.astype(np.float32),
+            "counterpart_loss": losses.counterpart_QN[q].astype(np.float32),
+            "score": (self._directions[query_id] * difference_N + 0.0).astype(np.float32),  # + 0.0: no negative zero
+            "shard_id": np.full(rows, work.shard.shard_id, np.int32),
+            "row": examples.row_N,
+        }
+        highest_first_N = np.argsort(-columns["score"], kind="stable")
+        return pa.table(columns).cast(SCORES).take(pa.array(highest_first_N))
+
+
+def _only_finite(examples: Examples, losses: Losses, query_ids: tuple[str, ...]) -> tuple[Examples, Losses]:
+    """Move rows with a loss that is not finite, under any model, to the rejects."""
+    names = ["base_loss", *(f"counterpart_loss of query {query_id}" for query_id in query_ids)]
+    losses_MN = np.vstack([losses.base_N, losses.counterpart_QN])
+    finite_MN = np.isfinite(losses_MN)
+    good_N = finite_MN.all(axis=0)
+    if good_N.all():
+        return examples, losses
+    rejects = []
+    for i in np.flatnonzero(~good_N):
+        m = int(np.argmin(finite_MN[:, i]))
+        got, example_id = str(losses_MN[m, i]), examples.example_id_N[int(i)].as_py()
+        rejects.append(Reject(int(examples.row_N[i]), names[m], got, "a finite loss", example_id))
+    kept = Examples(
+        example_id_N=examples.example_id_N.filter(pa.array(good_N)),
+        source_N=examples.source_N.filter(pa.array(good_N)),
+        row_N=examples.row_N[good_N],
+        arrays={},
+        rejects=sorted([*examples.rejects, *rejects], key=lambda reject: reject.row),
+    )
+    return kept, type(losses)(losses.base_N[good_N], losses.counterpart_QN[:, good_N])
+
+
+def _rejects_table(shard: Shard, rejects: list[Reject]) -> pa.Table:
+    rows = [{"shard_id": shard.shard_id, "path": shard.path, **asdict(reject)} for reject in rejects]
+    return pa.Table.from_pylist(rows, schema=REJECTS)
