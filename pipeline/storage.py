@@ -80,12 +80,13 @@ def locate(uri: str) -> tuple[Any, str]:
 
 def data_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow file system that reads a URI, and the path in it. Raises StorageError."""
+    if _scheme(uri) in _S3:
+        path = uri.split("://", 1)[1].rstrip("/")  # not by `locate`, which takes as long as a request to a near store
+        with mapped(uri):
+            return _s3(path.split("/", 1)[0]), path
     fs, path = locate(uri)
     if isinstance(fs, LocalFileSystem):
         return pafs.LocalFileSystem(), path
-    if _scheme(uri) in _S3:
-        with mapped(uri):
-            return _s3(path.split("/", 1)[0]), path
     return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
 
 

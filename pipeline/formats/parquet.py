@@ -8,12 +8,13 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from .. import storage
 from ..errors import InputError
 from ..records import Measured, Rows, Shard, SourceFile
-from ..storage_errors import is_store_error
+from ..storage_errors import is_store_error, mapped
 from .base import find_files
 
 
@@ -28,10 +29,11 @@ class Parquet:
 
     def measure(self, file: SourceFile) -> Measured:
         """See Format."""
-        with _reading(file.path) as source:
-            parquet = pq.ParquetFile(source)
-            schema = parquet.schema_arrow
-            return Measured(file, parquet.metadata.num_rows, dict(zip(schema.names, schema.types, strict=True)))
+        fs, path = storage.data_filesystem(file.path)
+        with _named(file.path):  # the size is known from the listing: one request for the footer, and no other
+            metadata = ds.ParquetFileFormat().make_fragment(path, fs, file_size=file.size_bytes).metadata
+            schema = metadata.schema.to_arrow_schema()
+        return Measured(file, metadata.num_rows, dict(zip(schema.names, schema.types, strict=True)))
 
     def read(self, shard: Shard, columns: Sequence[str]) -> Rows:
         """See Format."""
@@ -60,9 +62,16 @@ def _row_groups(metadata: pq.FileMetaData, start: int, rows: int) -> tuple[list[
 
 @contextmanager
 def _reading(path: str) -> Iterator[BinaryIO]:
-    with storage.reading(path) as source:
+    with storage.reading(path) as source, _named(path):
+        yield source
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """What pyarrow raises, as an InputError that names the file, or as the store's error that it is."""
+    with mapped(path):
         try:
-            yield source
+            yield
         except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowNotImplementedError) as error:
             raise InputError(f"{path} cannot be read as Parquet: {error}") from error
         except OSError as error:
