@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from .artifacts import Run
@@ -21,7 +22,7 @@ from .extensions import load_model, load_producer, load_task
 from .frozen import open_run
 from .importing import user_code
 from .observe import Progress, every, say
-from .storage import remove_folder
+from .storage import data_filesystem, remove_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,7 +34,7 @@ POLL_S = 1.0
 GATHER_TIMEOUT_S = 30 * 24 * 3600
 """Workers meet once, at their end; the fastest waits for the slowest."""
 SCRATCH = ".train"
-"""Folder in the run that Ray Train wants for itself; gone when the stage ends."""
+"""Folder in the run that Ray Train wants for itself, with a name of its own per start; gone when the stage ends."""
 
 
 def tune(run: Run) -> None:
@@ -72,7 +73,8 @@ def _fit(run: Run, workers: int, pending: list[str]) -> list[PipelineError]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources = run.spec.resources.tune
+    resources, scratch = run.spec.resources.tune, f"{SCRATCH}-{uuid.uuid4().hex}"
+    filesystem, path = data_filesystem(run.uri())
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run_uri": run.uri(), "pending": pending},
@@ -82,8 +84,9 @@ def _fit(run: Run, workers: int, pending: list[str]) -> list[PipelineError]:
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
         run_config=RunConfig(
-            name=SCRATCH,
-            storage_path=run.uri(),
+            name=scratch,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
         torch_config=TorchConfig(backend="gloo", timeout_s=GATHER_TIMEOUT_S),
@@ -91,7 +94,7 @@ def _fit(run: Run, workers: int, pending: list[str]) -> list[PipelineError]:
     try:
         outcomes: list[list[PipelineError]] = trainer.fit().return_value
     finally:
-        remove_folder(run.uri(SCRATCH))
+        remove_folder(run.uri(scratch))
     return [failure for failures in outcomes for failure in failures]
 
 
