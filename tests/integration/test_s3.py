@@ -13,17 +13,17 @@ import pytest
 import yaml
 
 from jobs import display
+from jobs.seaweed import upload
 from pipeline import storage
-from pipeline.artifacts import open_run
 from pipeline.corpus import read_queries
-from pipeline.errors import UnavailableError
+from pipeline.errors import ArtifactError, UnavailableError
 from pipeline.formats.base import find_files
+from pipeline.frozen import open_run
 from pipeline.run import attribute, finish, rerank
 from pipeline.spec import QueriesSection
 from pipeline.specfile import parse_spec
 from tests.conftest import CORPUS_ROWS, run_without_ray
 from tests.contract.test_formats import CASES, corpus, plain_rows, read
-from tests.seaweed import upload
 
 PRODUCTS = ("counterparts", "scores", "rejects", "topk/ranked.parquet", "topk/sources.parquet")
 """What of a run is a function of spec and inputs, not of places and times."""
@@ -148,9 +148,9 @@ def test_a_changed_object_is_refused(tree):
     data = bytearray(storage.read_bytes(path))
     data[100] ^= 1
     storage.write_bytes(path, bytes(data))
-    with pytest.raises(Exception, match=r"changed since(.|\n)*corpus\.parquet"):
+    with pytest.raises(ArtifactError, match=r"changed since(.|\n)*corpus\.parquet"):
         run_without_ray(parse_spec(tree))
-    assert len(run.shards) == len(run.committed_ids())
+    assert len(run.shards) == len(run.committed())
 
 
 def command(folder, *words, **environment):
