@@ -56,6 +56,19 @@ class Attempts:
         self._running.get(actor_id, {}).pop(name, None)
         self._begun.pop(name, None)
 
+    def take_stalled(self, after_s: float) -> list[Attempt]:
+        """Of every actor that sits on a shard for longer, its longest attempt; whoever asks ends these actors.
+
+        They count as idle from here on: one that takes long to start again is not taken for stalled once more.
+        """
+        stalled = []
+        for shards in self._running.values():
+            longest = min(shards.values(), key=lambda one: one.since_s, default=None)
+            if longest is not None and time.time() - longest.since_s > after_s:
+                stalled.append(longest)
+                shards.clear()
+        return stalled
+
     def running(self) -> list[Attempt]:
         """What is worked on, longest first."""
         return sorted(

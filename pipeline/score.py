@@ -179,12 +179,12 @@ class ScoreShard:
     def __init__(self, run_uri: str, query_ids: tuple[str, ...], attempts: Any) -> None:
         import torch
 
+        self._worker = Worker(attempts)  # first of all: what it was on before is over, however long loading takes
         self._run = open_run(run_uri)
         resources = self._run.spec.resources.score
         torch.set_num_threads(max(1, int(resources.cpus)))
         self._max_failures = resources.max_failures
         self._scorer = ShardScorer(self._run, "cuda" if resources.gpus else "cpu", query_ids)
-        self._worker = Worker(attempts)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score a batch of shards; one small row each."""
@@ -235,18 +235,19 @@ class _Stalls:
         """A shard was done in so many seconds."""
         self._slowest_s = max(self._slowest_s, seconds)
 
-    def _running(self) -> list[Attempt]:
+    def _told(self, answer: Any) -> list[Attempt]:
+        """What the counter says, or nothing if it does not answer in time."""
         import ray
         from ray.exceptions import RayError
 
         try:
-            return list(ray.get(self._attempts.running.remote(), timeout=LOOK_S))
+            return list(ray.get(answer, timeout=LOOK_S))
         except RayError:
             return []
 
     def longest(self) -> str:
         """The shard that is worked on for longest, for people."""
-        running = self._running()
+        running = self._told(self._attempts.running.remote())
         return f"; {_described(running[0])}" if running else ""
 
     def look(self) -> None:
@@ -258,10 +259,9 @@ class _Stalls:
             limit_s = max(SHORTEST_STALL_S, STALL_FACTOR * self._slowest_s)
         if limit_s is None or not ray.is_initialized():
             return
-        for attempt in self._running():
-            if time.time() - attempt.since_s > limit_s:
-                say(f"warning: {_described(attempt)}; its worker is ended and the shard tried again")
-                ray.kill(attempt.actor, no_restart=False)
+        for attempt in self._told(self._attempts.take_stalled.remote(limit_s)):
+            say(f"warning: {_described(attempt)}; its worker is ended and the shard tried again")
+            ray.kill(attempt.actor, no_restart=False)
 
 
 def _described(attempt: Attempt) -> str:

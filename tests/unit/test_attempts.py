@@ -1,0 +1,128 @@
+"""Who works on which shard, how often it was begun, and the gate that keeps a suspect alone."""
+
+import threading
+import time
+
+import pytest
+
+from pipeline.attempts import Attempts, Gate
+
+SOON_S = 5.0
+A_MOMENT_S = 0.05
+
+
+def begin(attempts, actor, name, alone=False):
+    return attempts.begin(actor, f"handle of {actor}", f"worker {actor}", name, alone)
+
+
+def test_a_shard_is_counted_until_it_ends():
+    """An attempt that ends is forgotten; one that does not is a death, and the next attempt says so."""
+    attempts = Attempts()
+    assert 1 == begin(attempts, "a", "one")
+    attempts.end("a", "one")
+    assert 1 == begin(attempts, "a", "one")
+    attempts.hello("a")  # it died and was started again
+    assert [] == attempts.running()
+    assert [2, 3] == [begin(attempts, "a", "one", alone=True), begin(attempts, "b", "one", alone=True)]
+
+
+def test_a_shard_that_was_begun_before_is_refused_beside_others():
+    """0 says: try it alone. Asking is not an attempt."""
+    attempts = Attempts()
+    begin(attempts, "a", "one")
+    attempts.hello("a")
+    assert [0, 0] == [begin(attempts, "a", "one"), begin(attempts, "b", "one")]
+    assert 2 == begin(attempts, "a", "one", alone=True)
+    assert 1 == begin(attempts, "a", "innocent")
+
+
+def test_what_is_worked_on_is_told_longest_first():
+    """Of all actors, with worker and number."""
+    attempts = Attempts()
+    for actor, name in (("a", "one"), ("b", "two"), ("a", "three")):
+        begin(attempts, actor, name)
+        time.sleep(0.002)
+    attempts.end("b", "two")
+    told = attempts.running()
+    assert [("one", "worker a", 1), ("three", "worker a", 1)] == [
+        (each.name, each.worker, each.number) for each in told
+    ]
+
+
+def test_a_stalled_actor_is_handed_out_once():
+    """Its longest shard, and nothing more of it until it begins anew; actors within the limit are let be."""
+    attempts = Attempts()
+    for actor, name in (("a", "one"), ("a", "two"), ("b", "three")):
+        begin(attempts, actor, name)
+        time.sleep(0.02)
+    attempts.end("b", "three")
+    begin(attempts, "b", "four")
+    stalled = attempts.take_stalled(after_s=0.015)
+    assert [("one", "handle of a")] == [(each.name, each.actor) for each in stalled]
+    assert [] == attempts.take_stalled(after_s=0.015)
+    assert ["four"] == [each.name for each in attempts.running()]
+    assert [2, 2] == [begin(attempts, "a", name, alone=True) for name in ("one", "two")]
+
+
+class Walker(threading.Thread):
+    """Goes through a gate and stays in there until it is told to leave."""
+
+    def __init__(self, passage):
+        super().__init__(daemon=True)
+        self.passage, self.inside, self.leave = passage, threading.Event(), threading.Event()
+        self.start()
+
+    def run(self):
+        with self.passage:
+            self.inside.set()
+            self.leave.wait(SOON_S)
+
+    def is_inside(self):
+        return self.inside.wait(A_MOMENT_S)
+
+    def goes(self):
+        self.leave.set()
+        self.join(SOON_S)
+        assert not self.is_alive()
+
+
+def test_together_are_several():
+    """Shards that nothing is known of pass side by side."""
+    gate = Gate()
+    walkers = [Walker(gate.together()) for _ in range(3)]
+    assert all(walker.inside.wait(SOON_S) for walker in walkers)
+    for walker in walkers:
+        walker.goes()
+
+
+def test_alone_is_alone_and_does_not_starve():
+    """A suspect waits for all who are inside; who comes later waits for it, other suspects too."""
+    gate = Gate()
+    first = Walker(gate.together())
+    assert first.inside.wait(SOON_S)
+    suspect = Walker(gate.alone())
+    assert not suspect.is_inside()
+    later, other = Walker(gate.together()), Walker(gate.alone())
+    assert not later.is_inside()
+    first.goes()
+    inside = suspect if suspect.inside.wait(SOON_S) and not other.is_inside() else other
+    assert inside.inside.is_set()
+    assert not later.is_inside()
+    inside.goes()
+    second = other if inside is suspect else suspect
+    assert second.inside.wait(SOON_S)
+    assert not later.is_inside()
+    second.goes()
+    assert later.inside.wait(SOON_S)
+    later.goes()
+
+
+@pytest.mark.parametrize("passage", ["together", "alone"])
+def test_an_error_opens_the_gate_again(passage):
+    """Whoever leaves by an exception leaves."""
+    gate = Gate()
+    with pytest.raises(ValueError, match="work"), getattr(gate, passage)():
+        raise ValueError("work")
+    walker = Walker(gate.alone())
+    assert walker.inside.wait(SOON_S)
+    walker.goes()
