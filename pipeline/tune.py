@@ -21,7 +21,7 @@ from .errors import ContractError, NumericsError, PipelineError
 from .extensions import load_model, load_producer, load_task
 from .frozen import open_run
 from .importing import user_code
-from .observe import Progress, every, say
+from .observe import Progress, every, say, unsent
 from .storage import data_filesystem, remove_folder
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 GATHER_TIMEOUT_S = 30 * 24 * 3600
 """Workers meet once, at their end; the fastest waits for the slowest."""
+_Outcome = tuple[list[PipelineError], list[str]]
+"""What a worker hands home: queries that it could not tune, and its notices."""
 SCRATCH = ".train"
 """Folder in the run that Ray Train wants for itself, with a name of its own per start; gone when the stage ends."""
 
@@ -92,13 +94,15 @@ def _fit(run: Run, workers: int, pending: list[str]) -> list[PipelineError]:
         torch_config=TorchConfig(backend="gloo", timeout_s=GATHER_TIMEOUT_S),
     )
     try:
-        outcomes: list[list[PipelineError]] = trainer.fit().return_value
+        outcomes: list[_Outcome] = trainer.fit().return_value
     finally:
         remove_folder(run.uri(scratch))
-    return [failure for failures in outcomes for failure in failures]
+    for notice in (notice for _, notices in outcomes for notice in notices):
+        say(notice)
+    return [failure for failures, _ in outcomes for failure in failures]
 
 
-def _worker(config: dict[str, Any]) -> list[list[PipelineError]]:
+def _worker(config: dict[str, Any]) -> list[_Outcome]:
     """One Ray Train worker: every world_size-th pending query. Errors that a retry cannot mend are handed home."""
     import ray.train
     import torch
@@ -118,8 +122,8 @@ def _worker(config: dict[str, Any]) -> list[list[PipelineError]]:
                 failures += _failure(tuner, query_id)
     except PipelineError as error:
         failures += _unless_retryable(error)
-    gathered: list[list[PipelineError]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(gathered, failures)
+    gathered: list[_Outcome] = [([], [])] * world_size
+    dist.all_gather_object(gathered, (failures, unsent()))
     return gathered
 
 
