@@ -152,6 +152,33 @@ def gc(
 
 
 @app.command()
+def publish(
+    run_uri: RunArgument,
+    catalog: Annotated[
+        str,
+        typer.Option(
+            help="Name of a catalog that pyiceberg is configured with, or its URI: sqlite:///lake.db, https://..."
+        ),
+    ],
+    namespace: Annotated[str, typer.Option(help="Of the tables; the run folder's name if not given.")] = "",
+    warehouse: Annotated[
+        str | None,
+        typer.Option(help="Of the catalog, if it has none configured. SQL catalogs: RUN_URI/lake if not given."),
+    ] = None,
+) -> None:
+    """Register scores and ranking as Apache Iceberg tables `scores` and `topk`; again: adds only what is new."""
+    from pipeline import catalog as catalogs
+    from pipeline.frozen import open_run
+    from pipeline.publish import file_uri, publish
+
+    from . import display
+
+    opened = open_run(run_uri)
+    with catalogs.opened(catalog, warehouse, file_uri(opened.uri("lake"))) as lake:
+        display.show_published(publish(opened, lake, namespace))
+
+
+@app.command()
 def show(
     run_uri: RunArgument,
     query: Annotated[str | None, typer.Option("--query", help="Only this query_id.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from pipeline.artifacts import Run
 from pipeline.audit import Audit
 from pipeline.errors import InputError, SpecError
 from pipeline.plan import Plan
+from pipeline.publish import Published
 from pipeline.report import of, plain_payload
 
 SHOWN = 3
@@ -167,6 +169,18 @@ def show_collected(run: Run, old: dict[str, storage.Stored], dry: bool) -> None:
         out.print(path, soft_wrap=True)
     done = "would be deleted" if dry else "deleted"
     out.print(f"{len(old):,} objects of {size / MIB:,.1f} MiB {done} from {run.uri()}", soft_wrap=True)
+
+
+def show_published(tables: Sequence[Published]) -> None:
+    """What stands in a catalog."""
+    table = Table()
+    for name in ("table", "rows", "files", "this time"):
+        table.add_column(name)
+    for each in tables:
+        done = f"{each.added:,} files added" + (f", {each.removed:,} taken out" if each.removed else "")
+        done = done if each.added or each.removed else "unchanged"
+        table.add_row(each.table, f"{each.rows:,}", f"{each.files:,}", done)
+    console().print(table)
 
 
 class _Busy:
