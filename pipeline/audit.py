@@ -95,7 +95,7 @@ def audit(run: Run, read_at_most: float = float("inf"), shown: bool = True) -> A
     named = set(stored) & set(_check_frozen(look, found))
     for query_id in sorted(made):
         named |= _check_counterpart(look, found, query_id)
-    progress = Progress("verify", len(committed), "shards", shown=shown)
+    progress = Progress("check", len(committed), "shards", shown=shown)
     with progress:
         for some in _chunks(sorted(committed)):
             for paths, findings, receipt in parallel(lambda key: look.commit(*key), some):
