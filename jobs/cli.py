@@ -96,6 +96,7 @@ def extend(
     ] = None,
 ) -> None:
     """Add queries or newly arrived corpus files to a finished run; scores only what is new and ranks again."""
+    from pipeline.choices import without_password
     from pipeline.errors import SpecError
     from pipeline.run import grow
 
@@ -103,6 +104,10 @@ def extend(
 
     if queries is None and corpus is None:
         raise SpecError("extend: nothing to add", "give --queries URI, --corpus URI or both")
+    try:
+        queries, corpus = (uri and without_password(uri) for uri in (queries, corpus))
+    except ValueError as error:
+        raise SpecError(f"extend: {error}") from error
     display.show_run(grow(run_uri, queries, corpus))
 
 

@@ -22,14 +22,14 @@ def unknown_word(word: str, known: Iterable[str]) -> str:
     return f"{word!r} is not known; {guess}known: {', '.join(known)}"
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
     """Refuse a URI that carries a secret: it would stand in run.yaml, in messages and in logs."""
     if re.match(r"[^/]+://[^/@]*:[^/@]*@", uri):
         raise ValueError("a URI with a password; credentials belong in the environment")
     return uri
 
 
-Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
+Uri = Annotated[str, Field(min_length=1), AfterValidator(without_password)]
 
 
 class Section(BaseModel):
