@@ -26,6 +26,8 @@ from .records import Column, Measured, Reject, Rows, Shard, SourceFile
 from .spec import CorpusSection, QueriesSection
 
 LISTING_THREADS = 16
+MEASURED_AT_ONCE = 64
+"""Files that a thread is handed together: handing over takes as long as some footers."""
 MAX_DUPLICATES_SHOWN = 5
 WHOLE_FILE_ROWS = 1 << 62
 SUFFIXES = {
@@ -65,7 +67,8 @@ class Corpus:
 
     def __init__(self, section: CorpusSection) -> None:
         self.section = section
-        self._format, self._name = open_format(section.uri, section.format, section.classes)
+        name, self._listed = (section.format, None) if section.format != "auto" else _recognised(section.uri)
+        self._format, self._name = open_format(section.uri, name, section.classes)
         self._root = corpus_root(section.uri)
 
     @property
@@ -78,7 +81,8 @@ class Corpus:
 
     def list_files(self) -> list[SourceFile]:
         """Files in order, unopened. Raises InputError, StorageError."""
-        return self._format.files(self.section.uri)
+        listed, self._listed = self._listed, None  # `auto` had to list them already
+        return self._format.files(self.section.uri) if listed is None else listed
 
     def rows(self, file: SourceFile) -> int:
         """Rows of one file. Raises InputError, StorageError."""
@@ -93,10 +97,16 @@ class Corpus:
         Raises:
             InputError: A file cannot be read, lacks a column or has it in a type that cannot be decoded; the corpus is empty.
         """
+        each = max(1, min(MEASURED_AT_ONCE, len(files) // (8 * LISTING_THREADS)))
+        parts = [files[start : start + each] for start in range(0, len(files), each)]
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            measured = list(pool.map(self._measure, files))
+            done = pool.map(lambda part: [self._measure(file) for file in part], parts)
+            measured = [one for part in done for one in part]
+        alike: list[Mapping[str, pa.DataType]] = []  # files of a corpus mostly are: one check serves all
         for one in measured:
-            self._check_columns(one, columns)
+            if one.rows and one.columns not in alike:
+                self._check_columns(one, columns)
+                alike.append(one.columns)
         if not sum(one.rows for one in measured):
             raise InputError(f"corpus {self.section.uri} has no rows in {len(files)} file(s)")
         return measured
@@ -107,8 +117,7 @@ class Corpus:
             "corpus.source": [self.section.source] if self.section.source else [],
             "corpus.payload": self.section.payload or [],
         }
-        if measured.rows:
-            check_columns(measured, columns, asked)
+        check_columns(measured, columns, asked)
 
     def read(self, shard: Shard, columns: Sequence[Column]) -> Examples:
         """Read and decode one shard.
@@ -211,14 +220,21 @@ def open_format(uri: str, name: str, classes: Sequence[str] | None) -> tuple[For
         InputError: Nothing is there, or files of several formats.
     """
     if name == "auto":
-        found = {SUFFIXES[suffix] for file in find_files(uri, SUFFIXES) if (suffix := _suffix(file.path)) in SUFFIXES}
-        if len(found) > 1:
-            raise InputError(
-                f"{uri}: files of {len(found)} formats ({', '.join(sorted(found))})", "say which with `format:`"
-            )
-        name = found.pop()
+        name, _ = _recognised(uri)
     arguments = {"uri": uri, "classes": classes} if name == "image_folder" else {}
     return load_format(name, arguments), name
+
+
+def _recognised(uri: str) -> tuple[str, list[SourceFile] | None]:
+    """The format that the files there have by their suffixes, and their listing, where it is what the format would list."""
+    files = find_files(uri, SUFFIXES)
+    found = {SUFFIXES[suffix] for suffix in {_suffix(file.path) for file in files} if suffix in SUFFIXES}
+    if len(found) > 1:
+        raise InputError(
+            f"{uri}: files of {len(found)} formats ({', '.join(sorted(found))})", "say which with `format:`"
+        )
+    name = found.pop()
+    return name, files if name != "image_folder" else None
 
 
 def check_columns(measured: Measured, columns: Sequence[Column], asked: Mapping[str, Sequence[str | None]]) -> None:

@@ -267,7 +267,8 @@ class Manifest(Sequence[Shard]):
     @classmethod
     def of(cls, shards: Sequence[Shard]) -> Manifest:
         """The manifest of some shards."""
-        return cls(pa.Table.from_pylist([asdict(shard) for shard in shards], schema=MANIFEST))
+        columns = {name: [getattr(shard, name) for shard in shards] for name in MANIFEST.names}
+        return cls(pa.table(columns, schema=MANIFEST))
 
     def __len__(self) -> int:
         return len(self.table)

@@ -51,7 +51,7 @@ class ScoreFile:
         for name in expected:
             if got[name] != expected[name]:
                 self.__exit__()
-                what = f"{uri} is not what was committed: got {name} {got[name]}, expected {expected[name]}"
+                what = f"{uri} is not what its commit says: got {name} {got[name]}, expected {expected[name]}"
                 raise ArtifactError(what, _MEND)
 
     def __enter__(self) -> ScoreFile:

@@ -63,7 +63,10 @@ def _above_wildcards(path: str) -> str:
 
 def relative_path(path: str, root: str) -> str:
     """A corpus file's path below the corpus root."""
-    return storage.locate(path)[1].removeprefix(root).lstrip("/")
+    below = path if path.startswith(root) else path.split("://", 1)[-1]
+    if not below.startswith(root):  # a scheme that is spelt another way; asking fsspec takes a hundred times as long
+        below = storage.locate(path)[1]
+    return below.removeprefix(root).lstrip("/")
 
 
 def _hidden(name: str, root: str) -> bool:

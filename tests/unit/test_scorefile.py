@@ -63,7 +63,7 @@ def test_another_file_than_the_committed_one_is_found(path):
         ({"rows": 999}, "got rows 1000, expected 999"), ({"size_bytes": 5}, r"got bytes \d+, expected 5"),
         ({"shard_id": 4}, "got shard_id 3, expected 4"), ({"query_id": "r"}, "got query_id q, expected r"),
     ):  # fmt: skip
-        with pytest.raises(ArtifactError, match=rf"shard-000003\.parquet is not what was committed: {found}"):
+        with pytest.raises(ArtifactError, match=rf"shard-000003\.parquet is not what its commit says: {found}"):
             opened(path, **promise)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match=r"shard-000003\.parquet is damaged"):
