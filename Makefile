@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check format bench clean
+.PHONY: help install demo demo-s3 test test-fast check format bench clean
 
 help: ## List what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(READY) ## Make .venv and install everything, pinned by constraints.txt
 
@@ -22,6 +22,10 @@ demo: install ## Digits, end to end: train a CNN, ask which images made it do th
 	@rm -rf runs/digits
 	$(BIN)/python -m jobs.digits build/demo
 	$(BIN)/mirrorscope run jobs/specs/digits.yaml
+
+demo-s3: install ## The same on S3 and a Ray cluster of its own, submitted as a job; then DuckDB and Polars on the result
+	$(BIN)/python -m jobs.digits build/demo
+	$(BIN)/python -m jobs.demo_s3 build/demo
 
 test: install ## The whole suite
 	$(BIN)/python -m pytest

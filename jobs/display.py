@@ -79,7 +79,9 @@ def duckdb_line(run: Run) -> str:
         f"FROM '{run.uri('scores')}/*/*.parquet' SELECT query_id, max(score), min(score), count(*) GROUP BY query_id "
         "ORDER BY query_id"
     )
-    return f'{sys.executable} -c "import duckdb; print(duckdb.sql(\\"{sql}\\"))"'
+    scheme = run.uri().split("://")[0] if "://" in run.uri() else ""
+    opened = f"duckdb.register_filesystem(__import__('fsspec').filesystem('{scheme}')); " if scheme else ""
+    return f'{sys.executable} -c "import duckdb; {opened}print(duckdb.sql(\\"{sql}\\"))"'
 
 
 def show_plan(run: Run, plan: Plan) -> None:

@@ -90,6 +90,10 @@ def test_a_run_on_s3_is_opened_ranked_and_shown(tree, capsys):
     shown = capsys.readouterr().out
     assert "150 rows scored" in shown
     assert run.uri("topk", "ranked.parquet") in shown
+    line = shown.split("query them")[1].strip()
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert 0 == done.returncode, done.stderr
+    assert "copy-of-77" in done.stdout
 
 
 @pytest.mark.parametrize("word", CASES)
