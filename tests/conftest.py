@@ -103,9 +103,8 @@ def run_without_ray(spec: Any, shard_order: Callable[[list], list] = list) -> Ru
 def read_scores(run: Run) -> pa.Table:
     """All score rows of a run, by query and id."""
     columns = ["query_id", "example_id", "source", "base_loss", "counterpart_loss", "score", "row"]
-    table = pq.read_table(
-        run.uri("scores"), columns=columns
-    )  # the whole folder, partitions and all, as a lake reads it
+    filesystem, path = storage.data_filesystem(run.uri("scores"))  # the whole folder, as a lake reads it
+    table = pq.read_table(path, columns=columns, filesystem=filesystem)
     table = table.set_column(0, "query_id", table["query_id"].cast(pa.string()))
     return table.sort_by([("query_id", "ascending"), ("example_id", "ascending")])
 
@@ -137,29 +136,31 @@ def s3_proxy(s3_fresh: seaweed.Store, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3: seaweed.Store) -> Iterator[None]:
+def ray_cluster(s3: seaweed.Store) -> Iterator[Proxy]:
     """An embedded Ray that the tests of a session share; the pipeline uses a cluster that is connected already.
 
-    Its workers have the environment of the moment of its start, so the store's keys come first.
+    Its workers have the environment of the moment of its start: the store's keys, and as endpoint a proxy, which is the value.
     """
     import ray
 
     from pipeline.cluster import _environment, _quieten
 
-    with pytest.MonkeyPatch.context() as patch:
+    with in_front_of(s3.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        ray.init(
-            address="local",
-            num_cpus=6,
-            include_dashboard=False,
-            object_store_memory=200 << 20,
-            logging_level="ERROR",
-            log_to_driver=False,
-            runtime_env=_environment(),
-        )
+        with patch.context() as at_start:
+            at_start.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            ray.init(
+                address="local",
+                num_cpus=6,
+                include_dashboard=False,
+                object_store_memory=200 << 20,
+                logging_level="ERROR",
+                log_to_driver=False,
+                runtime_env=_environment(),
+            )
         _quieten()
-        yield
+        yield proxy
         ray.shutdown()
 
 

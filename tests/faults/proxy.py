@@ -9,12 +9,13 @@ import http.client
 import random
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 ANSWERS = {
@@ -67,12 +68,28 @@ class Rule:
         return True
 
 
+class Request(NamedTuple):
+    """One request that arrived.
+
+    Args:
+        method: HTTP's.
+        path: With its query.
+        met: Fault or "passed".
+        at_s: Unix time.
+    """
+
+    method: str
+    path: str
+    met: str
+    at_s: float
+
+
 class Proxy:
     """Forwards to a server, except where a rule says otherwise.
 
     Attributes:
         done: Fault (or "passed") -> how many requests met it.
-        requests: (method, path with query, fault or "passed") in order of arrival.
+        requests: In order of arrival.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -80,7 +97,7 @@ class Proxy:
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._rules: list[Rule] = []
         self.done: Counter[str] = Counter()
-        self.requests: list[tuple[str, str, str]] = []
+        self.requests: list[Request] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"proxy": self}))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -105,7 +122,7 @@ class Proxy:
         with self._lock:
             met = next((rule.fault for rule in self._rules if rule.strikes(method, path)), "passed")
             self.done[met] += 1
-            self.requests.append((method, path, met))
+            self.requests.append(Request(method, path, met, time.time()))
         return met
 
     def hold(self) -> None:

@@ -1,49 +1,107 @@
-"""Workers are killed for real; what they leave is finished by others, and the result is that of an undisturbed run."""
+"""Workers are killed for real, or hang; what they leave is finished by others, and the result is that of an undisturbed run."""
 
-import os
-from pathlib import Path
+import re
+import time
 
 import pytest
 
-from pipeline.errors import ClusterError
+from pipeline import freeze, storage
+from pipeline.errors import QuarantineError
 from pipeline.run import attribute, run_stage
-from tests.conftest import read_scores, run_without_ray
+from pipeline.tune import Tuner
+from tests.conftest import read_scores
+from tests.faults.mortal import came, mortal_producer, mortal_task
 
 pytestmark = pytest.mark.ray
 
+SHARD_ROWS = 16
+FOREVER = 1000
 
-def test_a_tuning_worker_killed_mid_query_is_replaced(ray_cluster, make_spec, tmp_path):
+
+def tuned(spec):
+    """Freeze and tune in this process: what is tried is scoring."""
+    run = freeze.freeze(spec)
+    tuner = Tuner(run, "cpu")
+    for query_id in run.query_ids:
+        tuner.tune(query_id)
+    return spec
+
+
+def committed_at(run, row):
+    """Unix time at which the shard of a row was committed."""
+    return run.receipt(0, row // SHARD_ROWS).finished_at_s
+
+
+def test_a_tuning_worker_killed_mid_query_is_replaced(ray_cluster, make_spec, tmp_path, undisturbed, ledger):
     """SIGKILL after the first query's steps, before its commit: the restarted group makes both counterparts."""
-    marker = tmp_path / "died"
-    run = run_stage(
-        make_spec(f"producer={{name: 'tests.faults.mortal:MortalProducer', options: {{marker: {marker}}}}}"),
-        "tune",
-    )
-    assert marker.exists()
-    undisturbed = run_without_ray(make_spec(name="other"))
+    log = tmp_path / "log"
+    run = run_stage(make_spec(mortal_producer(log)), "tune")
     for query_id in run.query_ids:
         assert undisturbed.counterpart_tensors(query_id) == run.counterpart_tensors(query_id)
+    committed = storage.objects(run.uri("counterparts"))
+    (died_s, *_), *_ = came(log)
+    recovered_s = min(each.modified_s for name, each in committed.items() if name.endswith("meta.json")) - died_s
+    run = attribute(run.spec)
+    ledger.enter("SIGKILL of a tuning worker mid-query", len(came(log)), recovered_s, run, undisturbed)
 
 
-def test_a_scoring_actor_killed_mid_shard_is_replaced(ray_cluster, make_spec, tmp_path):
+def test_a_scoring_actor_killed_mid_shard_is_replaced(ray_cluster, make_spec, tmp_path, world, undisturbed, ledger):
     """SIGKILL in a forward pass: its shards are scored by others, every row once, with the undisturbed run's scores."""
-    marker = tmp_path / "died"
-    spec = make_spec(
-        f"task={{name: 'tests.faults.mortal:MortalTask', options: {{marker: {marker}}}}}", "resources.score.actors=2"
+    log, row = tmp_path / "log", 4 * SHARD_ROWS
+    task = mortal_task(log, world.pixels[row])
+    run = attribute(tuned(make_spec(task, f"score.shard_rows={SHARD_ROWS}", "resources.score.actors=2")))
+    (died_s, *_), *rest = came(log)
+    assert 1 == len(rest)
+    ledger.enter(
+        "SIGKILL of a scoring actor mid-shard", 1 + len(rest), committed_at(run, row) - died_s, run, undisturbed
     )
-    run = attribute(spec)
-    assert marker.exists()
-    assert read_scores(run_without_ray(make_spec(name="other"))).equals(read_scores(run))
-    assert Path(run.uri("_SUCCESS")).exists()
 
 
-def test_a_shard_that_kills_every_actor_ends_the_run(ray_cluster, make_spec):
-    """Retries are bounded: a poisonous shard is an error with a hint, never a loop."""
-    spec = make_spec(
-        "task={name: 'tests.faults.mortal:PoisonedTask'}",
-        "resources.score={actors: 1, max_failures: 1}",
-        "score.shard_rows=1000",
-    )
-    with pytest.raises(ClusterError, match=r"stage score: (.|\n)*run the same command again"):
+def test_a_poison_shard_is_given_up_and_the_rest_is_scored(
+    ray_cluster, make_spec, tmp_path, world, undisturbed, ledger, capsys
+):
+    """It kills every actor: tried so often and no more, all its rows in rejects/ with the reason, no innocent beside it.
+
+    The exit code says so; a spec that tolerates it ends well; and when the poison is gone the same command scores it.
+    """
+    log, row = tmp_path / "log", 5 * SHARD_ROWS
+    poison = mortal_task(log, world.pixels[row], times=FOREVER)
+    small = (f"score.shard_rows={SHARD_ROWS}", "resources.score={actors: 1, max_failures: 2}")
+    spec = tuned(make_spec(poison, *small))
+    with pytest.raises(
+        QuarantineError, match=r"1 of 10 shards were given up(.|\n)*shard-000005: 16 rows: 3 workers died"
+    ) as error:
         attribute(spec)
-    assert os.path.exists(spec.run.uri)
+    assert 9 == error.value.exit_code
+    assert 3 == len(came(log))
+    tolerant = make_spec(poison, *small, "score.max_reject_fraction=0.2")
+    run = attribute(tolerant)
+    assert 3 == len(came(log)), "what is tolerated is not tried again"
+    assert "warning: 1 of 10 shards were given up" in capsys.readouterr().err
+    rejects = run.read_shard(run.receipt(0, 5), "rejects/shard-000005.parquet").to_pylist()
+    assert list(range(row, row + SHARD_ROWS)) == [each["row"] for each in rejects]
+    assert all("workers died or stalled on it" in each["got"] for each in rejects)
+    seconds = run.receipt(0, 5).finished_at_s - came(log)[0][0]
+    fault = "a shard that kills its actor every time"
+    ledger.enter(fault, len(came(log)), seconds, run, undisturbed, rejected=SHARD_ROWS)
+    log.write_text("0 0 healed\n" * FOREVER)
+    assert read_scores(undisturbed).equals(read_scores(attribute(spec)))
+
+
+def test_an_actor_that_hangs_is_ended_and_its_shard_tried_again(
+    ray_cluster, make_spec, tmp_path, world, undisturbed, ledger, capsys
+):
+    """It sleeps for ever in a forward pass: the warning names shard, worker and since when, and another actor scores it."""
+    log, row = tmp_path / "log", 3 * SHARD_ROWS
+    task = mortal_task(log, world.pixels[row], how="hang")
+    limit = "resources.score={actors: 1, stalled_after_s: 5}"
+    run = attribute(tuned(make_spec(task, f"score.shard_rows={SHARD_ROWS}", limit)))
+    (hung_s, pid, _), *rest = came(log)
+    said = re.findall(
+        r"warning: (shard-\d+) is worked on by \S+ pid (\d+) since (\S+) \(.*attempt 1\); its worker is ended",
+        capsys.readouterr().err,
+    )
+    assert [("shard-000003", str(pid))] == [(name, who) for name, who, _ in said]
+    since_s = time.mktime(time.strptime(time.strftime("%Y-%m-%d ") + said[0][2], "%Y-%m-%d %H:%M:%S"))
+    assert abs(since_s - hung_s) < 3
+    ledger.enter("a scoring actor that hangs", 1 + len(rest), committed_at(run, row) - hung_s, run, undisturbed)
