@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import schemas
 from pipeline import records
 from pipeline.frozen import open_run
 from pipeline.run import finish
@@ -39,11 +40,16 @@ def test_the_readmes_commands_work_in_order():
     assert (1437, 8) == (run.rows, len(run.query_ids))
 
 
-def test_the_readmes_score_table_is_the_schema():
-    """The columns that the README lists for scores/ are those of the files, in order."""
+def test_the_tables_in_the_docs_are_the_schemas():
+    """README's score table and pipeline/schemas.md, word for word; every column of every table is described."""
     table = README.split("**`scores/query_id=Q/shard-NNNNNN.parquet`**")[1].split("\n\n")[1]
-    listed = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert records.SCORES.names == listed
+    assert schemas.markdown(records.SCORES).strip() == table
+    assert schemas.page() == (ROOT / "pipeline" / "schemas.md").read_text(), (
+        "python -m jobs.schemas > pipeline/schemas.md"
+    )
+    for _, schema, _ in schemas.TABLES:
+        assert all(field.metadata[b"description"] for field in schema)
+    assert {"nats"} == {records.SCORES.field(name).metadata[b"unit"].decode() for name in ("score", "base_loss")}
 
 
 def test_the_readmes_minimal_spec_names_real_fields():
@@ -75,7 +81,7 @@ def test_the_task_and_producer_in_the_docs_work(make_spec, tmp_path, monkeypatch
 
 def test_the_docs_links_lead_somewhere():
     """Every relative link of the two READMEs and the decisions points at a file that is there."""
-    for path in (ROOT / "README.md", ROOT / "pipeline" / "README.md", *(ROOT / "pipeline" / "decisions").glob("*.md")):
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("jobs/*.md"), *ROOT.glob("pipeline/**/*.md")):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
