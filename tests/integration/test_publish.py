@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from pyiceberg.expressions import EqualTo
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -46,9 +47,13 @@ def finished(finished_once, tmp_path):
 @pytest.fixture
 def finished_on_s3(finished_once, s3):
     """The same on S3."""
+    return on_s3(finished_once, s3)
+
+
+def on_s3(run, s3):
     uri = f"{s3.prefix('lake')}/why"
-    for path in storage.objects(finished_once.uri()):
-        storage.write_bytes(f"{uri}/{path}", storage.read_bytes(finished_once.uri(path)))
+    for path in storage.objects(run.uri()):
+        storage.write_bytes(f"{uri}/{path}", storage.read_bytes(run.uri(path)))
     return open_run(uri)
 
 
@@ -168,6 +173,28 @@ def test_a_grown_run_adds_only_its_new_files(world, make_spec, sqlite, tmp_path)
     expected = read_scores(run)
     assert expected == rows(loaded).select(expected.column_names)
     assert (3 * 2 * 5, 1, 1) == (topk.rows, topk.files, topk.removed)
+
+
+def test_any_query_id_and_a_shard_without_scores(world, sqlite, s3, tmp_path):
+    """Ids that need quoting or look like numbers come back as they were, local and on S3; an empty file is left out."""
+    ids = ["007", "a/b c", "50% é #?"]
+    asked = {"query_id": ids, "pixels": list(world.pixels[:3]), "label": world.labels[:3]}
+    pq.write_table(pa.table(asked), tmp_path / "asked.parquet")
+    corpus = world.table()
+    blank = pa.array([None if 64 <= i < 128 else label for i, label in enumerate(world.labels)], pa.int64())
+    pq.write_table(corpus.set_column(2, "label", blank), tmp_path / "corpus.parquet")
+    tree = copy.deepcopy(world.tree(tmp_path / "why"))
+    tree["corpus"]["uri"], tree["queries"]["uri"] = str(tmp_path / "corpus.parquet"), str(tmp_path / "asked.parquet")
+    run = run_without_ray(parse_spec(tree, ["score.max_reject_fraction=0.5"]))
+    finish(run)
+    for place in (run, on_s3(run, s3)):
+        scores, _ = published(sqlite, place, "lake" if place is run else "lake_on_s3")
+        assert (86 * 3, 2 * 3) == (scores.rows, scores.files)
+        with lake(sqlite, place) as catalog:
+            loaded = catalog.load_table(scores.table)
+        assert set(ids) == set(rows(loaded)["query_id"].to_pylist())
+        for query_id in ids:
+            assert 86 == len(loaded.scan(row_filter=EqualTo("query_id", query_id)).to_arrow())
 
 
 def test_a_new_ranking_replaces_the_old_in_one_snapshot(finished, sqlite):
