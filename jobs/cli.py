@@ -207,12 +207,12 @@ def fields(
     display.show_fields(section)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as a node's end or `ray job stop` sends it: unwinds like Ctrl-C."""
+class _Stopped(BaseException):
+    """SIGTERM, as a node's end or `ray job stop` sends it, or Ctrl-C. Typer answers a KeyboardInterrupt itself: without a word."""
 
 
-def _stop(*_: object) -> None:
-    raise _Terminated
+def _stop(number: int, _: object) -> None:
+    raise _Stopped(number)
 
 
 def guarded(action: typer.Typer) -> int:
@@ -220,20 +220,23 @@ def guarded(action: typer.Typer) -> int:
     sys.path.insert(0, os.getcwd())  # your own tasks, producers and factories are named relative to where you stand
     from pipeline.errors import PipelineError
 
-    signal.signal(signal.SIGTERM, _stop)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         action(standalone_mode=True)
     except PipelineError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    except KeyboardInterrupt as stopped:
+    except _Stopped as stopped:
         words = shlex.join(sys.orig_argv)
         sys.stderr.write(f"stopped; what is committed stays, and the same command goes on from there:\n  {words}\n")
-        return 143 if isinstance(stopped, _Terminated) else 130
+        return 128 + int(stopped.args[0])
     except Exception:  # noqa: BLE001  the last line of defence: a bug of ours, shown whole
         traceback.print_exc()
         sys.stderr.write("this is a bug in mirrorscope, not in your spec; the lines above say where\n")
         return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -1,6 +1,8 @@
 """The command: what it prints, what it refuses and how, and its exit codes."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -193,3 +196,18 @@ def test_common_slips_are_named_before_any_work(world, tmp_path, monkeypatch, ca
     assert 2 == exit_code(monkeypatch, "run", str(path), "--set", override)
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_with_its_code_and_how_to_go_on(number, code, capsys):
+    """SIGTERM and Ctrl-C in the middle of a command: no traceback, and the words that were given."""
+    stopped = typer.Typer()
+    stopped.command()(lambda: os.kill(os.getpid(), number))
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mirrorscope"])
+        patch.setattr(sys, "orig_argv", ["python", "-m", "jobs.attribute", "a spec.yaml"])
+        assert code == guarded(stopped)
+    said = "stopped; what is committed stays, and the same command goes on from there:\n  python -m jobs.attribute 'a spec.yaml'"
+    assert said == capsys.readouterr().err.rstrip("\n")
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
