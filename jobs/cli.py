@@ -208,7 +208,7 @@ def fields(
 
 
 class _Stopped(BaseException):
-    """SIGTERM, as a node's end or `ray job stop` sends it, or Ctrl-C. Typer answers a KeyboardInterrupt itself: without a word."""
+    """SIGTERM, as a node's end or `ray job stop` send it, or Ctrl-C. Typer answers a KeyboardInterrupt itself, without a word."""
 
 
 def _stop(number: int, _: object) -> None:
