@@ -99,8 +99,18 @@ def publish(run: Run, catalog: Catalog, namespace: str = "") -> list[Published]:
         raise ArtifactError(f"{run.uri()} cannot be published: catalogs cannot address a path with ? or #")
     logging.getLogger("pyiceberg.io.pyarrow").addFilter(_is_news)
     names = tuple((namespace or namespace_of(run.uri())).split("."))
-    catalog.create_namespace_if_not_exists(names)
+    _make_namespace(catalog, names)
     return [_register(run, catalog, (*names, content.name), content) for content in (_scores(run), _ranking(run))]
+
+
+def _make_namespace(catalog: Catalog, names: tuple[str, ...]) -> None:
+    try:
+        catalog.create_namespace_if_not_exists(names)
+    except (
+        Exception
+    ):  # each catalog and version has an error of its own for a namespace that somebody made in this moment
+        if names not in catalog.list_namespaces(names[:-1]):
+            raise
 
 
 def namespace_of(run_uri: str) -> str:
