@@ -102,11 +102,11 @@ class Corpus:
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             done = pool.map(lambda part: [self._measure(file) for file in part], parts)
             measured = [one for part in done for one in part]
-        alike: list[Mapping[str, pa.DataType]] = []  # files of a corpus mostly are: one check serves all
+        checked = None
         for one in measured:
-            if one.rows and one.columns not in alike:
+            if one.rows and one.columns != checked:  # files of a corpus mostly are alike: one check serves all
                 self._check_columns(one, columns)
-                alike.append(one.columns)
+                checked = one.columns
         if not sum(one.rows for one in measured):
             raise InputError(f"corpus {self.section.uri} has no rows in {len(files)} file(s)")
         return measured

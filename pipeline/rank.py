@@ -105,29 +105,42 @@ class _Merging:
             self.sources = topk.merge_sources([self.sources, *sums])
 
     def _partial(self, receipt: Receipt, kind: str) -> pa.Table:
-        return self._run.read_shard(receipt, f"partials/{kind}/{receipt.name}.parquet")
+        folder = f"partials/{kind}/"
+        return self._run.read_shard(receipt, next((path for path in receipt.files if path.startswith(folder)), folder))
 
     def _from_scores(self, receipt: Receipt, query_id: str) -> pa.Table:
         """Feed a score file to its query's running top-k, reading no more than decides; its source sums, if there are sources."""
-        section, running = self._section, self._running[query_id]
+        section, summed = self._section, self._run.spec.corpus.source is not None
         path = f"scores/{partition(query_id)}/{receipt.name}.parquet"
-        same = {"query_id": query_id, "shard_id": receipt.shard_id}
-        summed = self._run.spec.corpus.source is not None
+        same = {"query_id": query_id, "shard_id": receipt.shard_id, **({} if summed else {"source": None})}
         with ScoreFile(self._run.uri(path), receipt.rows, receipt.files[path]["bytes"], same) as file:
-            groups = [group for group in file.groups if summed or self._may_reach(file, group, running)]
-            thin = file.read(groups, SUMMED if summed else topk.deciding(section.transform))
-            position_N = running.reaching(topk.values(thin, section.transform, section.eps))
-            if len(position_N):
-                running.add(topk.with_value(file.take(groups, position_N), section.transform, section.eps))
-        if not summed:
-            return SOURCES.empty_table()
-        return topk.source_sums(topk.with_value(thin, section.transform, section.eps))
+            if summed:
+                thin = self._feed(file, file.groups, query_id, SUMMED)
+                return topk.source_sums(topk.with_value(thin, section.transform, section.eps))
+            ends = sorted(
+                {file.groups[0], file.groups[-1]}
+            )  # rows stand in order of score: what is between rarely counts
+            for groups in (ends, file.groups[1:-1]):
+                if groups := [group for group in groups if self._may_reach(file, group, query_id)]:
+                    self._feed(file, groups, query_id, topk.deciding(section.transform))
+        return SOURCES.empty_table()
 
-    def _may_reach(self, file: ScoreFile, group: int, running: topk.RunningTopk) -> bool:
+    def _feed(self, file: ScoreFile, groups: list[int], query_id: str, columns: Sequence[str]) -> pa.Table:
+        """Feed row groups to a query's running top-k: columns that decide, then the rest of the rows that count."""
+        section, running = self._section, self._running[query_id]
+        thin = file.read(groups, columns)
+        position_N = running.reaching(topk.values(thin, section.transform, section.eps))
+        if len(position_N):
+            running.add(topk.with_value(file.take(groups, position_N, thin), section.transform, section.eps))
+        return thin
+
+    def _may_reach(self, file: ScoreFile, group: int, query_id: str) -> bool:
         score, base_loss = file.range(group, "score"), file.range(group, "base_loss")
         if score is None:
             return True
-        return running.may_reach(*topk.value_range(score, base_loss, self._section.transform, self._section.eps))
+        return self._running[query_id].may_reach(
+            *topk.value_range(score, base_loss, self._section.transform, self._section.eps)
+        )
 
     def top(self) -> pa.Table:
         """The k strongest rows of every query and side, as `merge_topk` sorts them."""

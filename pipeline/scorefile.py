@@ -18,6 +18,8 @@ from .errors import ArtifactError
 from .records import SCORES
 from .storage_errors import is_store_error
 
+CONSTANT_TYPES = {"query_id": pa.string(), "shard_id": pa.int32(), "source": pa.string()}
+"""Types of columns that may be constant."""
 _Result = TypeVar("_Result")
 Range = tuple[Any, Any]
 _MEND = "`mirrorscope verify --mend RUN_URI`, then the run's command again: what is damaged is made anew"
@@ -39,7 +41,7 @@ class ScoreFile:
     """
 
     def __init__(self, uri: str, rows: int, size_bytes: int, constants: Mapping[str, Any]) -> None:
-        self._uri = uri
+        self._uri, self._constants = uri, constants
         self._source: pa.NativeFile | None = None
         self._parquet: pq.ParquetFile | None = None
         self._metadata, found_bytes = self._tried(lambda parquet: (parquet.metadata, self._size_bytes()))
@@ -76,17 +78,30 @@ class ScoreFile:
         """Columns of some row groups, one after the other. Raises ArtifactError, StorageError."""
         return self._tried(lambda parquet: parquet.read_row_groups(list(groups), list(columns), use_threads=False))
 
-    def take(self, groups: Sequence[int], position_N: np.ndarray) -> pa.Table:
-        """Whole rows by their ascending positions in some row groups put together; reads only those that hold any."""
-        pieces, start = [SCORES.empty_table()], 0
+    def take(self, groups: Sequence[int], position_N: np.ndarray, thin: pa.Table | None = None) -> pa.Table:
+        """Whole rows by their ascending positions in some row groups put together; reads only those that hold any.
+
+        Args:
+            groups: Row groups.
+            position_N: Positions.
+            thin: What was read of these groups already.
+        """
+        known = pa.table({}) if thin is None else thin.take(pa.array(position_N))
+        unread = [name for name in SCORES.names if name not in self._constants and name not in known.column_names]
+        pieces, start = [], 0
         for group in groups:
             rows = self._metadata.row_group(group).num_rows
             first, last = np.searchsorted(position_N, (start, start + rows))
             if last > first:
-                whole = self.read([group], SCORES.names)
-                pieces.append(whole.take(pa.array(position_N[first:last] - start)))
+                pieces.append(self.read([group], unread).take(pa.array(position_N[first:last] - start)))
             start += rows
-        return pa.concat_tables(pieces)
+        if not pieces:
+            return SCORES.empty_table()
+        read = pa.concat_tables(pieces)
+        columns = {name: read[name] for name in unread} | {name: known[name] for name in known.column_names}
+        for name, value in self._constants.items():
+            columns[name] = pa.repeat(pa.scalar(value, CONSTANT_TYPES[name]), len(position_N))
+        return pa.table([columns[name] for name in SCORES.names], names=SCORES.names).cast(SCORES)
 
     def _tried(self, action: Callable[[pq.ParquetFile], _Result]) -> _Result:
         """Do something with the open file; opened again where the store failed and may recover."""

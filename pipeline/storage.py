@@ -39,6 +39,7 @@ CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 20.0
 _S3 = ("s3", "s3a")
 _Result = TypeVar("_Result")
 
+_LOCAL = pafs.LocalFileSystem()
 _answered: set[str] = set()
 _repeating = threading.local()
 
@@ -81,12 +82,14 @@ def locate(uri: str) -> tuple[Any, str]:
 def data_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow file system that reads a URI, and the path in it. Raises StorageError."""
     if _scheme(uri) in _S3:
-        path = uri.split("://", 1)[1].rstrip("/")  # not by `locate`, which takes as long as a request to a near store
+        path = uri.split("://", 1)[1].rstrip("/")  # not by `locate`: it takes as long as a request to a near store
         with mapped(uri):
             return _s3(path.split("/", 1)[0]), path
+    if "://" not in uri and "::" not in uri:
+        return _LOCAL, os.path.abspath(os.path.expanduser(uri))
     fs, path = locate(uri)
     if isinstance(fs, LocalFileSystem):
-        return pafs.LocalFileSystem(), path
+        return _LOCAL, path
     return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from .records import PARTIAL_TOPK, RANKED, SOURCES, Side, Transform
 
-PENDING_PER_K = 4
+PENDING_PER_K = 16
 """Rows that a RunningTopk holds back before it sorts them, per k."""
 
 
@@ -159,7 +159,8 @@ class RunningTopk:
     def _settle(self) -> None:
         if self._pieces:
             part = partial_topk(pa.concat_tables(self._pieces), self._k, self._transform)
-            self._top, self._pieces = [merge_topk([*self._top, part], self._k)], []
+            self._top = [merge_topk([*self._top, part], self._k)] if self._top else [part]
+            self._pieces = []
 
     def top(self) -> pa.Table:
         """What was found: PARTIAL_TOPK, sorted as `merge_topk` sorts."""

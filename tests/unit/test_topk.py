@@ -86,7 +86,7 @@ def test_equal_values_everywhere_are_told_apart_by_id_in_little_memory():
     pieces = [scores([(1.0, None)] * 10_000).slice(200 * i, 200) for i in range(50)]
     for piece in pieces:
         assert 200 == fed(running, piece, "signed")
-        assert sum(map(len, running._pieces)) <= 4 * 3 + 200
+        assert sum(map(len, running._pieces)) <= 16 * 3 + 200
     expected = sorted(pa.concat_tables(pieces)["example_id"].to_pylist())[:3]
     assert expected == running.top().slice(0, 3)["example_id"].to_pylist()
     assert 6 == len(running.top())
