@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipeline import catalog as catalogs
 from pipeline import storage
+from pipeline.audit import audit, collect
 from pipeline.errors import ArtifactError, SpecError, StorageError, UnavailableError
 from pipeline.freeze import extend
 from pipeline.frozen import open_run
@@ -116,6 +117,13 @@ def test_scores_and_ranking_become_described_tables(finished, sqlite):
     assert original["example_id"].to_pylist() == ranked.scan().to_arrow()["example_id"].to_pylist()
 
 
+def test_score_files_have_the_highest_score_first(finished):
+    """Equal scores in corpus order: the order is a function of the scores, and so are the bytes."""
+    for path in (path for path in stored(finished) if path.startswith("scores/")):
+        found = pq.ParquetFile(finished.uri(path)).read().select(["score", "row"])
+        assert found == found.sort_by([("score", "descending"), ("row", "ascending")])
+
+
 def test_engines_prune_by_query_and_by_score(finished, sqlite):
     """A scan of one query plans that query's files only; bounds in the metadata leave out the files below a threshold."""
     published(sqlite, finished)
@@ -139,6 +147,15 @@ def test_publishing_twice_changes_nothing(finished, sqlite):
     assert [(0, 0), (0, 0)] == [(each.added, each.removed) for each in published(sqlite, finished)]
     assert ids == [table(sqlite, finished, name).metadata_location for name in ("scores", "topk")]
     assert objects == set(storage.objects(finished.uri()))
+
+
+def test_what_is_published_is_no_orphan(finished, sqlite):
+    """`verify` finds nothing wrong in a published run, and `gc` leaves the lake's files where tables expect them."""
+    published(sqlite, finished)
+    found = audit(finished)
+    assert ([], {}) == (found.damage, found.orphans)
+    assert {} == collect(finished, older_than_s=0)
+    assert 20 == len(rows(table(sqlite, finished, "topk")))
 
 
 def test_a_grown_run_adds_only_its_new_files(world, make_spec, sqlite, tmp_path):
