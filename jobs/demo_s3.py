@@ -71,7 +71,12 @@ def cluster(environment: Mapping[str, str]) -> Iterator[JobSubmissionClient]:
     process = held(
         [str(bin_folder / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
         + [f"--{name}={value}" for name, value in flags.items()],
-        {**environment, "PATH": f"{bin_folder}{os.pathsep}{environment['PATH']}", "RAY_AUTH_MODE": "disabled"},
+        {
+            **environment,
+            "PATH": f"{bin_folder}{os.pathsep}{environment['PATH']}",  # where a job's `python` is looked for
+            "RAY_AUTH_MODE": "disabled",
+            "TMPDIR": str(folder),
+        },
         folder / "start.log",
         signal.SIGTERM,
     )

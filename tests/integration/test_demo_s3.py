@@ -12,7 +12,7 @@ import pytest
 
 from jobs import digits
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 
 
@@ -72,7 +72,7 @@ def temp():
 def test_the_demo_on_s3_runs_and_stops_what_it_started(data, temp):
     """Server, cluster, job, its log, two engines of one mind; then no process and no file is left."""
     process = start(data, temp)
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=500)
     assert 0 == process.returncode, output
     for said in (
         "ray job submit",
