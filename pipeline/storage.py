@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import threading
 import time
 import uuid
@@ -37,6 +38,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 20.0
 """A store that is silent for so long is asked again."""
 _S3 = ("s3", "s3a")
+_CREDENTIALS = re.compile(r"[\w+.-]+://[^/@]*:(?!\d+/)[^@]*@")  # not a port
 _Result = TypeVar("_Result")
 
 _LOCAL = pafs.LocalFileSystem()
@@ -62,8 +64,14 @@ def locate(uri: str) -> tuple[Any, str]:
     """The fsspec file system that serves a URI, and the path in it.
 
     Raises:
-        StorageError: No file system is known for the URI's scheme, or it cannot be set up.
+        StorageError: No file system is known for the URI's scheme, or it cannot be set up; or the URI carries credentials,
+            which would end in the run's folder and in logs.
     """
+    if _CREDENTIALS.match(uri):
+        raise StorageError(
+            f"{_scheme(uri)}://...@{uri.rsplit('@', 1)[1]}: a URI with credentials in it",
+            "put them into the environment",
+        )
     options: dict[str, Any] = {}
     if _scheme(uri) in _S3:  # nothing remembered between two looks; no repeating below ours
         timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": ANSWER_TIMEOUT_S}

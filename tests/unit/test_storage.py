@@ -171,6 +171,17 @@ def test_an_unknown_scheme_is_a_storage_error_with_examples():
     assert "s3://bucket/key" in caught.value.hint
 
 
+@pytest.mark.parametrize("act", [storage.absolute, storage.exists, lambda uri: storage.write_bytes(uri, b"")])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(act):
+    """A key in a URI would end in the run's folder and in logs; `container@account` of other stores is no key."""
+    with pytest.raises(StorageError, match=r"^s3://\.\.\.@bucket/a: a URI with credentials in it") as caught:
+        act("s3://key:se/cret@bucket/a")
+    assert ("environment" in caught.value.hint, "cret" in str(caught.value)) == (True, False)
+    for uri in ("no-such-scheme://container@account/a", "no-such-scheme://host:80/a@b", "no-such-scheme://host/a:b@c"):
+        with pytest.raises(StorageError, match=f"^{uri}: Protocol not known"):
+            act(uri)
+
+
 FULL_DISK = """
 import resource, sys
 from pipeline import storage
