@@ -80,6 +80,7 @@ def test_workers_on_ray_write_the_same_bytes_to_s3(tree, ray_cluster, make_spec)
     assert not any(name.startswith(".train") for name in storage.objects(run.uri()))
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_is_opened_ranked_and_shown(tree, capsys):
     """`status`, `rank` and `show` need nothing but the URI."""
     finish(run_without_ray(parse_spec(tree)))
