@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline import catalog as catalogs
+from pipeline import publish as publishing
 from pipeline import storage
 from pipeline.audit import audit, collect
 from pipeline.errors import ArtifactError, SpecError, StorageError, UnavailableError
@@ -260,23 +262,46 @@ def test_a_file_that_was_made_anew_is_registered_anew(finished, sqlite):
     assert scores.rows == len(rows(loaded)) == 300 - receipt.rows + 3
 
 
-def test_two_publications_at_once_add_nothing_twice(finished, sqlite):
-    """Four at the same moment, of tables that are not there and of tables that are: every file is in them once."""
+def at_once(publication):
+    """Four of the same at the same moment."""
+    start = threading.Barrier(4)
+
+    def go(_):
+        start.wait()
+        return publication()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(go, range(4)))
+
+
+def test_publications_at_once_add_nothing_twice(finished, sqlite):
+    """Of tables that are not there, of a ranking that is another, of files that are new: every file is in them once."""
     with lake(sqlite, finished):
         pass  # the catalog is there
-    for _ in range(2):
-        start = threading.Barrier(4)
-
-        def go(_, start=start):
-            start.wait()
-            return published(sqlite, finished)
-
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(go, range(4)))
-        loaded = table(sqlite, finished, "scores")
-        assert 6 == len(list(loaded.scan().plan_files()))
+    for k in (5, 3):
+        rerank(finished.uri(), [f"rank.k={k}"])
+        at_once(lambda: published(sqlite, finished))
+        assert 6 == len(list(table(sqlite, finished, "scores").scan().plan_files()))
         assert 1 == len(list(table(sqlite, finished, "topk").scan().plan_files()))
-        rerank(finished.uri(), ["rank.k=3"])
+        assert 4 * k == len(table(sqlite, finished, "topk").scan().to_arrow())
+
+
+def test_a_growing_table_that_others_grow_at_once_has_every_file_once(finished, sqlite):
+    """Four add the same three files to the same three: a commit that lost looks again at what is missing."""
+    whole = publishing._scores(finished)
+    half = replace(whole, files=dict(list(whole.files.items())[:3]))
+
+    def register(content):
+        with lake(sqlite, finished) as catalog:
+            return publishing._register(finished, catalog, ("why", "scores"), content)
+
+    with lake(sqlite, finished) as catalog:
+        catalog.create_namespace("why")
+    register(half)
+    at_once(lambda: register(whole))
+    loaded = table(sqlite, finished, "scores")
+    assert sorted(whole.files) == sorted(task.file.file_path for task in loaded.scan().plan_files())
+    assert 2 == len(loaded.snapshots())
 
 
 def test_an_unsealed_run_is_refused(finished, sqlite):
@@ -376,11 +401,19 @@ def test_a_rest_catalog_over_s3(s3, finished_on_s3, monkeypatch):
             assert expected == rows(loaded).select(expected.column_names)
             assert 3 == len(list(loaded.scan(row_filter="query_id == 'copy-of-77'").plan_files()))
     rerank(run.uri(), ["rank.k=1"])
+
+    def published_again():
+        with catalogs.opened(s3.iceberg_uri, s3.table_bucket, "") as catalog:
+            return publish(open_run(run.uri()), catalog)
+
+    at_once(published_again)
+    _, topk = published_again()
+    assert (4, 1, 0) == (topk.rows, topk.files, topk.added)
     with catalogs.opened(s3.iceberg_uri, s3.table_bucket, "") as catalog:
-        assert (4, 1) == (publish(run, catalog)[1].rows, publish(run, catalog)[1].files)
+        assert 2 == len(catalog.load_table("why.topk").snapshots())
         places = [run.uri(), catalog.load_table("why.scores").location(), catalog.load_table("why.topk").location()]
     for place in places:
-        found = storage.objects(place)
+        found = [path for path in storage.objects(place) if not path.endswith("/")]
         assert found
         assert not [path for path in found if secret.encode() in storage.read_bytes(f"{place}/{path}")]
     monkeypatch.setenv("PYICEBERG_CATALOG__DEFAULT__CREDENTIAL", "nobody:nothing")
