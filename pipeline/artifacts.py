@@ -183,18 +183,24 @@ class Run:
     def commit(self, receipt: Receipt) -> Receipt:
         """Write a shard's commit, after everything it names; the commit that then stands.
 
-        Where the store has conditional PUTs the first commit stands, and whoever comes second finds its own files in it. Other
-        bytes (of other hardware, of another depth of top-k) are on the store now: then the commit is replaced to say so.
+        The first commit stands, on the store's word where it has conditional PUTs: whoever comes second wrote the same bytes
+        under the same names. Where it did not (another hardware's last bits), the commit is replaced to say what is there now.
         """
         path = ("commits", f"{receipt.name}.json")
-        if self.resolved.commits == "create":
-            if storage.create_bytes(self.uri(*path), json_bytes(receipt.to_json())):
-                return receipt
-            standing = self.standing(receipt.addition, receipt.shard_id)
-            if standing is not None and standing.files == receipt.files:
-                return standing
-        self.write_json(receipt.to_json(), *path)
+        data = json_bytes(receipt.to_json())
+        if self.resolved.commits == "create" and storage.create_bytes(self.uri(*path), data):
+            return receipt
+        standing = self.standing(receipt.addition, receipt.shard_id)
+        if standing is not None and all(receipt.files.get(name, made) == made for name, made in standing.files.items()):
+            return standing
+        self.write(data, *path)
         return receipt
+
+    def void(self, paths: Sequence[str]) -> None:
+        """Delete commits, so that what they name is made anew; the seal first: it stands for all of them."""
+        if paths:
+            storage.remove(self.uri("_SUCCESS"))
+        parallel(lambda path: storage.remove(self.uri(path)), paths)
 
     def standing(self, addition: int, shard_id: int) -> Receipt | None:
         """A shard's commit, if it has one that is whole. Raises ArtifactError for another run's."""

@@ -134,8 +134,7 @@ def void(run: Run, damage: Sequence[Finding]) -> None:
         )
     for finding in damage:
         say(f"warning: {run.uri(finding.path)}: {finding.what}; it is made anew")
-    for commit in dict.fromkeys(finding.commit for finding in damage if finding.commit):
-        storage.remove(run.uri(commit))
+    run.void(list(dict.fromkeys(finding.commit for finding in damage if finding.commit)))
 
 
 def collect(run: Run, older_than_s: float, dry: bool = False) -> dict[str, Stored]:
@@ -241,10 +240,11 @@ def _check_seal(run: Run, stored: dict[str, Stored], found: Audit) -> None:
         found.sealed = run.is_sealed()
     except (ArtifactError, KeyError, TypeError) as error:
         found.damage.append(Finding("_SUCCESS", f"cannot be read: {error}", "_SUCCESS"))
-    if found.sealed and found.commits < found.works:
-        found.damage.append(
-            Finding("_SUCCESS", f"stands, but {found.works - found.commits:,} shards have no commit", "_SUCCESS")
-        )
+        return
+    commits = sum(path.startswith("commits/") and path.endswith(".json") for path in stored)  # as of the same moment
+    if "_SUCCESS" in stored and commits < found.works:
+        missing = f"stands, but {found.works - commits:,} shards have no commit"
+        found.damage.append(Finding("_SUCCESS", missing, "_SUCCESS"))
 
 
 def _add(found: Audit, run: Run, receipt: Receipt) -> None:

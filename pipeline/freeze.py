@@ -46,8 +46,8 @@ def freeze(spec: Spec) -> Run:
     if not resumed:
         Corpus(run.spec.corpus).check_ids(run.shards)
         created = create_run(run)
-        if created is None:  # another driver of the same run was faster
-            return _open_or_survey(spec)[0]
+        if created is None:  # another driver was faster: the run is what it froze
+            return _reopen(spec)
         run = created
         say(
             f"froze {run.rows:,} training examples in {len(run.shards)} shards, {len(run.query_ids)} queries: {run.uri()}"
@@ -222,7 +222,7 @@ def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run
     """Add queries, or newly arrived corpus files, to a finished run; the run with its addition, to be tuned and scored.
 
     Files that the run knows are passed over, and so are queries that were added before with the same contents: the same call
-    again adds nothing.
+    again adds nothing. The seal goes before the addition comes, so that it never stands for less than all of the run.
 
     Raises:
         ArtifactError: The run is not finished, or a file of it changed.
@@ -234,15 +234,14 @@ def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run
     if queries is None and not len(shards):
         say(f"{run.uri()} has all of that already")
         return run
-    if not run.is_sealed():
-        raise ArtifactError(f"{run.uri()} is not finished", "run it to its end first: what is added comes on top")
+    if not run.is_sealed():  # or it was, and a call of this that added nothing took the seal away
+        run.seal()
     corpus = Corpus(run.spec.corpus)
     both = pa.concat_tables([run.shards.table.replace_schema_metadata(None), shards.table])
     if len(shards):
         corpus.check_ids(Manifest(both))
-    relative = {
-        path: relative_path(path, corpus_root(run.spec.corpus.uri)) for path in {shard.path for shard in shards}
-    }
+    root = corpus_root(run.spec.corpus.uri)
+    relative = {path: relative_path(path, root) for path in {shard.path for shard in shards}}
     digests = {"corpus": corpus_digest(list(shards), relative), "queries": queries_digest or ""}
     addition = Addition(
         number=len(run.additions),

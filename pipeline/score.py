@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import storage
-from .artifacts import Run
+from .artifacts import Run, parallel
 from .attempts import Attempt, Worker, start_attempts
 from .cluster import Watchdog, errors_of, require, room
 from .errors import QuarantineError, UnavailableError
@@ -85,9 +85,10 @@ def _tally(run: Run) -> _Tally:
     if run.is_tolerable(tally.rejects + sum(receipt.rejects for receipt in given_up)):
         tally.quarantined = {each.name: (each.rejects, each.quarantined or "") for each in given_up}
         return tally
+    run.void([f"commits/{receipt.name}.json" for receipt in given_up])
     for receipt in given_up:
         say(f"{receipt.name} was given up before ({receipt.quarantined}); it is tried again")
-        storage.remove(run.uri("commits", f"{receipt.name}.json"))
+        parallel(lambda path: storage.remove(run.uri(path)), list(receipt.files))  # its rows are no rejects any more
         tally.done.remove((receipt.addition, receipt.shard_id))
     return tally
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from . import topk
-from .artifacts import Run, partition
+from . import storage, topk
+from .artifacts import Run, parallel, partition
 from .corpus import Corpus, Examples
 from .errors import ArtifactError, InputError
 from .extensions import load_model, load_task
@@ -83,13 +83,24 @@ class ShardScorer:
         return self._commit(work, started_at_s, compute_s, len(examples.row_N), len(examples.rejects), files)
 
     def quarantine(self, work: Work, reason: str) -> Receipt:
-        """Give up a shard: all its rows go to rejects/ with the reason, and that is committed. Raises StorageError."""
+        """Give up a shard: all its rows go to rejects/ with the reason, and that is committed. The commit that then stands.
+
+        Raises:
+            StorageError: The store refused.
+        """
+        standing = self._run.standing(work.addition, work.shard.shard_id)
+        if standing is not None:  # an attempt that was taken for dead made it after all
+            return standing
         started_at_s, shard = time.time(), work.shard
         rows = range(shard.row_start, shard.row_start + shard.rows)
         rejects = [Reject(row, "shard", reason, "a shard that can be scored") for row in rows]
         path = f"rejects/{work.name}.parquet"
         files = {path: self._run.write_table(_rejects_table(shard, rejects), path)}
-        return self._commit(work, started_at_s, 0.0, 0, shard.rows, files, quarantined=reason)
+        receipt = self._commit(work, started_at_s, 0.0, 0, shard.rows, files, quarantined=reason)
+        if receipt.quarantined is not None:  # what attempts wrote before they died would count its rows twice
+            paths = [f"scores/{partition(query_id)}/{work.name}.parquet" for query_id in work.query_ids]
+            parallel(lambda path: storage.remove(self._run.uri(path)), paths)
+        return receipt
 
     def _commit(
         self,
@@ -125,8 +136,12 @@ class ShardScorer:
             return self._engine.losses(examples.arrays, self._run.spec.score.batch_rows, positions)
 
     def _write(self, work: Work, examples: Examples, losses: Losses) -> dict[str, dict[str, Any]]:
-        """Write everything of a shard but its commit; relative path -> size and digest."""
+        """Write everything of a shard but its commit; relative path -> size and digest.
+
+        The names of partials say what is in them: two drivers that rank differently never write over each other's.
+        """
         rank, name = self._run.spec.rank, f"{work.name}.parquet"
+        partial = f"{work.name}-{rank.k}-{topk.transform_name(rank.transform, rank.eps)}.parquet"
         tables: dict[str, pa.Table] = {}
         tops, sums = [], []
         for q, query_id in enumerate(work.query_ids):
@@ -136,9 +151,9 @@ class ShardScorer:
             tops.append(topk.partial_topk(valued, rank.k, rank.transform))
             if self._run.spec.corpus.source is not None:
                 sums.append(topk.source_sums(valued))
-        tables[f"partials/topk/{name}"] = pa.concat_tables(tops)
+        tables[f"partials/topk/{partial}"] = pa.concat_tables(tops)
         if sums:
-            tables[f"partials/sources/{name}"] = pa.concat_tables(sums)
+            tables[f"partials/sources/{partial}"] = pa.concat_tables(sums)
         if examples.rejects:
             tables[f"rejects/{name}"] = _rejects_table(work.shard, examples.rejects)
         return {path: self._run.write_table(table, path) for path, table in tables.items()}

@@ -83,7 +83,7 @@ def test_a_rerun_does_only_what_is_missing(make_spec):
     run_without_ray(make_spec())
     touched = {path.name for path, stamp in stamps.items() if path.exists() and path.stat().st_mtime_ns != stamp}
     assert before == score_bytes(run)
-    assert {"shard-000001.parquet", "shard-000001.json"} == touched
+    assert {"shard-000001.parquet", "shard-000001-5-signed.parquet", "shard-000001.json"} == touched
 
 
 def test_a_changed_spec_is_refused_naming_the_field(make_spec):
