@@ -317,12 +317,13 @@ def test_what_is_ranked_is_what_was_committed(make_spec):
     """A partial or score file that is not the committed one is found by its digest, in both ways of ranking."""
     run = run_without_ray(make_spec())
     partials, scores = Path(run.uri("partials", "topk")), Path(run.uri("scores", "query_id=copy-of-3"))
-    for folder, k in ((partials, 5), (scores, 9)):
-        whole = (folder / "shard-000000.parquet").read_bytes()
-        (folder / "shard-000000.parquet").write_bytes((folder / "shard-000001.parquet").read_bytes())
-        with pytest.raises(ArtifactError, match=r"shard-000000\.parquet is not what its commit says"):
+    for folder, ending, k in ((partials, "-5-signed.parquet", 5), (scores, ".parquet", 9)):
+        path = folder / f"shard-000000{ending}"
+        whole = path.read_bytes()
+        path.write_bytes((folder / f"shard-000001{ending}").read_bytes())
+        with pytest.raises(ArtifactError, match=rf"{path.name} is not what its commit says"):
             rerank(run.uri(), [f"rank.k={k}"])
-        (folder / "shard-000000.parquet").write_bytes(whole)
+        path.write_bytes(whole)
     rerank(run.uri(), ["rank.k=5"])
 
 
