@@ -24,6 +24,11 @@ _FROM_ENVIRONMENT = {
 """What pyiceberg does not look up itself; keys it does."""
 _AGAIN = "publish again: what stands in a table is not added twice"
 
+_GONE = (
+    "a file of the run (`mirrorscope verify` tells), or a table's metadata, gone with the run or warehouse that it lay in: "
+    "then drop the table from the catalog and publish again"
+)
+
 
 @contextmanager
 def opened(catalog: str, warehouse: str | None, default_warehouse: str) -> Iterator[Catalog]:
@@ -103,4 +108,6 @@ def _as_ours(catalog: str, error: Exception) -> PipelineError | None:
         return StorageError(said, "the database must be there, or its folder for one that is made")
     if library == "pyiceberg":
         return StorageError(said, _AGAIN)
+    if isinstance(error, FileNotFoundError):
+        return StorageError(said, _GONE)
     return as_ours(catalog, error) if isinstance(error, OSError) else None

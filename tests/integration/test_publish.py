@@ -324,6 +324,20 @@ def test_another_runs_tables_are_left_alone(finished, sqlite, tmp_path):
     assert 300 == len(rows(table(sqlite, finished, "scores")))
 
 
+def test_files_that_are_gone_are_said(finished, sqlite):
+    """A score file that its commit names; then the metadata of a table, deleted with the folder that it lay in."""
+    path = next(path for path in next(finished.receipts()).files if path.startswith("scores/"))
+    data = storage.read_bytes(finished.uri(path))
+    storage.remove(finished.uri(path))
+    with pytest.raises(StorageError, match=r"(?s)shard-000000\.parquet.*mirrorscope verify"):
+        published(sqlite, finished)
+    storage.write_bytes(finished.uri(path), data)
+    published(sqlite, finished)
+    shutil.rmtree(finished.uri("lake"))
+    with pytest.raises(StorageError, match=r"(?s)metadata\.json.*drop the table"):
+        published(sqlite, finished)
+
+
 def test_a_payload_that_iceberg_has_no_type_for_is_said(finished, sqlite):
     """Which column, which type, and what to do."""
     path = finished.uri("topk/ranked.parquet")
