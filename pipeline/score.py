@@ -8,8 +8,10 @@ Next: rank.
 
 from __future__ import annotations
 
+import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -20,7 +22,7 @@ from . import storage
 from .artifacts import Run, parallel
 from .attempts import Attempt, Worker, start_attempts
 from .cluster import Watchdog, errors_of, require, room
-from .errors import QuarantineError, UnavailableError
+from .errors import PipelineError, QuarantineError, UnavailableError
 from .frozen import open_run
 from .observe import Progress, duration, every, say, unsent
 from .records import Receipt, Work
@@ -30,6 +32,9 @@ SHARDS_AHEAD = 2
 """Calls that run in one actor at a time: one reads, decodes and writes while the other holds the engine."""
 SHARDS_PER_WAVE = 100_000
 """Shards given to Ray Data at a time: its driver keeps something of each until the end."""
+BLOCKS_PER_WAVE, BLOCKS_PER_ACTOR = 4096, 32
+"""What Ray Data schedules is a block, of one shard where that makes no more blocks than this, else of several: a block costs
+the driver 3 ms and 2-5 KB. An actor's death repeats its blocks, the last ones leave actors idle: hence 32 per actor."""
 LOOK_S = 2.0
 STALL_FACTOR, SHORTEST_STALL_S = 10.0, 600.0
 _Key = tuple[int, int]
@@ -98,12 +103,15 @@ def _score(run: Run, pending: Sequence[_Key], tally: _Tally) -> None:
     stalls = _Stalls(run.spec.resources.score.stalled_after_s, attempts)
     watchdog = Watchdog("score", detail=stalls.longest)
     progress = Progress("score", run.number_of_works, "shards", done=len(tally.done))
-    with errors_of("score"), watchdog.watching(), every(LOOK_S, stalls.look), progress:
-        for row in _rows(run, pending, attempts):
+    ended = closing(_rows(run, pending, attempts))  # an error here ends the actors too
+    with errors_of("score"), watchdog.watching(), every(LOOK_S, stalls.look), progress, ended as rows:
+        for row in rows:
             watchdog.feed()
             stalls.took(row["seconds"])
             for notice in filter(None, row["notices"].split("\n")):
                 say(notice)
+            if row["error"]:
+                raise pickle.loads(row["error"])
             progress.advance(row["rows"])
             if row["quarantined"]:
                 tally.quarantined[row["name"]] = (row["rejects"], row["quarantined"])
@@ -127,7 +135,7 @@ def _tell_quarantined(run: Run, tally: _Tally) -> None:
     )
 
 
-def _rows(run: Run, pending: Sequence[_Key], attempts: Any) -> Iterator[dict[str, Any]]:
+def _rows(run: Run, pending: Sequence[_Key], attempts: Any) -> Generator[dict[str, Any], None, None]:
     """What actors say of shards as they are committed, in any order."""
     for start in range(0, len(pending), SHARDS_PER_WAVE):
         yield from _wave(run, pending[start : start + SHARDS_PER_WAVE], attempts)
@@ -146,7 +154,8 @@ def _wave(run: Run, pending: Sequence[_Key], attempts: Any) -> Iterator[dict[str
     DataContext.get_current().max_consecutive_actor_init_deaths = resources.max_failures
     # A shard is known by its number alone: actors read the rest from the manifest.
     items = [{"addition": addition, "shard_id": shard_id} for addition, shard_id in pending]
-    scored = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    blocks = min(len(items), max(BLOCKS_PER_WAVE, BLOCKS_PER_ACTOR * actors))
+    scored = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         ScoreShard,
         fn_constructor_kwargs={"run_uri": run.uri(), "query_ids": _queries_of(run, pending), "attempts": attempts},
         batch_size=1,
@@ -195,20 +204,20 @@ class ScoreShard:
 
     def _row(self, work: Work) -> dict[str, Any]:
         started_s = time.monotonic()
+        row: dict[str, Any] = {"name": work.name, "rows": 0, "rejects": 0, "quarantined": "", "error": b""}
+        try:
+            receipt = self._attempt(work)
+            row |= {"rows": receipt.rows, "rejects": receipt.rejects, "quarantined": receipt.quarantined or ""}
+        except PipelineError as error:  # of an error that is raised Ray Data brings only the text home
+            row["error"] = pickle.dumps(error)
+        return row | {"seconds": time.monotonic() - started_s, "notices": "\n".join(unsent())}
+
+    def _attempt(self, work: Work) -> Receipt:
         with self._worker.attempt(work.name) as number:
-            if number > self._max_failures + 1:
-                died = f"{number - 1} workers died or stalled on it, the last attempts with no other shard beside it"
-                receipt = self._scorer.quarantine(work, died)
-            else:
-                receipt = self._score(work)
-        return {
-            "name": work.name,
-            "rows": receipt.rows,
-            "rejects": receipt.rejects,
-            "quarantined": receipt.quarantined or "",
-            "seconds": time.monotonic() - started_s,
-            "notices": "\n".join(unsent()),
-        }
+            if number <= self._max_failures + 1:
+                return self._score(work)
+            died = f"{number - 1} workers died or stalled on it, the last attempts with no other shard beside it"
+            return self._scorer.quarantine(work, died)
 
     def _score(self, work: Work) -> Receipt:
         """Score a shard, again if the store was away for longer than one request is repeated."""
