@@ -71,7 +71,9 @@ def running() -> Iterator[Store]:
 @contextmanager
 def named() -> Iterator[Store]:
     """The store of S3_ENDPOINT, with the AWS_* keys of the environment and S3_BUCKET; what is written there is removed."""
-    ours = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    assert set(keys) <= set(os.environ), f"S3_ENDPOINT needs {' and '.join(keys)} beside it"
+    ours = {name: os.environ[name] for name in keys}
     region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
     endpoint, bucket = os.environ["S3_ENDPOINT"], os.environ.get("S3_BUCKET", "mirrorscope-tests")
     environment = {**ours, "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": region}

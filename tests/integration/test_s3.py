@@ -203,7 +203,7 @@ def test_what_is_wrong_with_a_store_is_said_in_seconds(what, s3, spec_path):
     assert hint in output
     assert "Traceback" not in output
     assert "never-show-this" not in output
-    assert seconds < 30  # mostly imports; about 3 tries' pauses with a wrong endpoint
+    assert seconds < 60  # mostly imports; about 3 tries' pauses with a wrong endpoint
 
 
 @pytest.mark.ray
