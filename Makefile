@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-s3 test test-fast check format bench clean
+.PHONY: help install demo demo-s3 test test-fast check format bench bench-scale clean
 
 help: ## List what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ format: install ## Rewrite the code in the project's format
 
 bench: install ## Throughput against a bare loop, and the fixed cost of a run: build/bench/bench.json
 	$(BIN)/python -m tests.bench.bench
+
+bench-scale: install ## 10 M rows, 100,000 shards, 100,000 files, 50 M scores; half an hour: build/bench/scale.json
+	$(BIN)/python -m tests.bench.scale
 
 clean: ## Remove what make made, runs of the demo included
 	rm -rf $(VENV) build runs dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -27,7 +27,8 @@ from pipeline import cluster
 from pipeline.artifacts import Run
 from pipeline.freeze import freeze
 from pipeline.run import finish
-from pipeline.scorer import ShardScorer, score
+from pipeline.score import score
+from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tune import tune
 from tests.bench.table import Row, at_least, figure, machine, publish
@@ -90,7 +91,7 @@ def through_ray(run: Run) -> float:
     """Examples/s of stage score on a running Ray, from the first shard's start (in a fresh actor) to the last commit."""
     forget_scores(run)
     score(run)
-    receipts = run.receipts()
+    receipts = list(run.receipts())
     elapsed_s = max(receipt.finished_at_s for receipt in receipts) - min(receipt.started_at_s for receipt in receipts)
     return sum(receipt.rows for receipt in receipts) / elapsed_s
 
@@ -99,7 +100,7 @@ def in_process(run: Run, scorer: ShardScorer) -> float:
     """Examples/s of one worker's work, Parquet in and Parquet out, shard after shard."""
     forget_scores(run)
     started_s = time.perf_counter()
-    rows = sum(scorer.score(shard).rows for shard in run.shards)
+    rows = sum(scorer.score(work).rows for work in run.works())
     return rows / (time.perf_counter() - started_s)
 
 

@@ -38,6 +38,11 @@ def at_least(measure: str, value: float, bar: float, conditions: str) -> Row:
     return Row(measure, round(value, 4), f">= {bar:g}", value >= bar, conditions)
 
 
+def at_most(measure: str, value: float, bar: float, conditions: str) -> Row:
+    """A figure that should not be over its bar."""
+    return Row(measure, round(value, 4), f"<= {bar:g}", value <= bar, conditions)
+
+
 def figure(measure: str, value: float, conditions: str) -> Row:
     """A figure without a bar."""
     return Row(measure, round(value, 4), None, None, conditions)
@@ -50,7 +55,7 @@ def machine() -> str:
 
 
 def publish(target: str, rows: list[Row]) -> None:
-    """Print the table and write build/bench/<target>.json."""
+    """Print the table and write build/bench/<target>.json, in which figures of other parts of the target stay."""
     table = Table(title=f"bench: {target}", title_justify="left", show_lines=True)
     for name in ("measure", "value", "bar", "holds", "conditions"):
         table.add_column(name)
@@ -59,4 +64,7 @@ def publish(target: str, rows: list[Row]) -> None:
         table.add_row(row.measure, f"{row.value:,.4g}", row.bar or "", holds, row.conditions)
     Console(width=150).print(table)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / f"{target}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    path = FOLDER / f"{target}.json"
+    before = json.loads(path.read_text()) if path.exists() else []
+    kept = [row for row in before if row["measure"] not in {one.measure for one in rows}]
+    path.write_text(json.dumps(kept + [asdict(row) for row in rows], indent=1) + "\n")
