@@ -20,7 +20,7 @@ from pipeline import storage
 BUCKET, TABLE_BUCKET = "lake", "ice"
 PORTS = range(20_000, 22_700)
 """Each port P also opens P + 10,000: both lie beside Ray's workers (10002-19999) and below what the kernel gives out."""
-START_S, STOP_S = 30.0, 30.0
+START_S, STOP_S = 60.0, 30.0
 _HOLD = '"$@" & read -r _; kill -{signal} $!; wait $! 2>/dev/null'
 """What holds a process: it is stopped when our end of this script's standard input closes, so also when we are killed."""
 
