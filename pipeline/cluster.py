@@ -42,10 +42,11 @@ def connected(resources: ResourcesSection) -> Iterator[None]:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_environment())
         else:
             _start_embedded()
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise ClusterError(
-            f"Ray at {address or 'this machine'}: {error}", "check resources.address or RAY_ADDRESS"
-        ) from error
+    except Exception as error:  # Ray raises bare ones, too: of a node that does not start in time
+        hint = (
+            "check resources.address or RAY_ADDRESS" if address else "is the machine very busy? Give the command again"
+        )
+        raise ClusterError(f"Ray at {address or 'this machine'}: {error}", hint) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place, which exits without a word
     _quieten()
