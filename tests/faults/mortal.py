@@ -19,7 +19,7 @@ class Blows:
 
     Args:
         log: File, a line per time: unix time, pid, Ray node.
-        how: "die" by SIGKILL, or "hang".
+        how: "die" by SIGKILL, "hang", or "fail" with an exception.
         times: How often.
     """
 
@@ -36,6 +36,8 @@ class Blows:
             return
         if self._how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._how == "fail":
+            raise RuntimeError("no loss today")
         time.sleep(3600)
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from pipeline import freeze, storage
-from pipeline.errors import QuarantineError
+from pipeline.errors import ContractError, QuarantineError
 from pipeline.run import attribute, run_stage
 from pipeline.tune import Tuner
 from tests.conftest import read_scores
@@ -105,3 +105,14 @@ def test_an_actor_that_hangs_is_ended_and_its_shard_tried_again(
     since_s = time.mktime(time.strptime(time.strftime("%Y-%m-%d ") + said[0][2], "%Y-%m-%d %H:%M:%S"))
     assert abs(since_s - hung_s) < 3
     ledger.enter("a scoring actor that hangs", 1 + len(rest), committed_at(run, row) - hung_s, run, undisturbed)
+
+
+def test_an_error_in_a_scoring_actor_comes_home_as_it_was(ray_cluster, make_spec, tmp_path, world, undisturbed):
+    """A task that raises is a ContractError with its words and exit code; the same command goes on where it stopped."""
+    log = tmp_path / "log"
+    task = mortal_task(log, world.pixels[SHARD_ROWS], how="fail")
+    spec = tuned(make_spec(task, f"score.shard_rows={SHARD_ROWS}", "resources.score.actors=1"))
+    with pytest.raises(ContractError, match=r"MortalTask on \S+ from row 16(.|\n)*no loss today") as error:
+        attribute(spec)
+    assert 4 == error.value.exit_code
+    assert read_scores(undisturbed).equals(read_scores(attribute(spec)))
