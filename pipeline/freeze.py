@@ -71,7 +71,7 @@ def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
 
 def _is_begun(run_uri: str) -> bool:
     """Whether a run there has committed anything; one that has not is frozen again, so a mended spec can have its folder."""
-    return is_run(run_uri) and any(storage.names(f"{run_uri}/{folder}") for folder in ("counterparts", "commits"))
+    return is_run(run_uri) and any(storage.objects(f"{run_uri}/{folder}") for folder in ("counterparts", "commits"))
 
 
 def _survey(spec: Spec) -> Run:
