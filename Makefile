@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-s3 test test-fast check format bench bench-scale clean
+.PHONY: help install demo demo-s3 test test-fast test-faults check format bench bench-scale clean
 
 help: ## List what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ test: install ## The whole suite
 
 test-fast: install ## The suite without Ray clusters and long truths, under 90 s
 	$(BIN)/python -m pytest -m 'not ray and not slow'
+
+test-faults: install ## What a night does to a run, for real, and a table of what became of it: build/faults/faults.json
+	$(BIN)/python -m pytest -m ray tests/faults
 
 check: install ## Format, lint, types, import contracts, fast tests
 	$(BIN)/ruff format --check .

@@ -86,11 +86,11 @@ def test_a_driver_ended_in_every_stage_is_resumed_by_the_same_command(s3, tree, 
 def test_two_drivers_started_on_one_run_at_once_give_one_result(world, tmp_path, undisturbed, ledger):
     """Both end well, both took part from the freezing on, and the result is that of one; work may have been done twice."""
     tree = world.tree(tmp_path / "run")
-    tree["score"]["shard_rows"] = 4
+    tree["score"]["shard_rows"] = 8
     tree["resources"] = {"score": {"actors": 1}}
     with Driver(tmp_path, tree) as one, Driver(tmp_path, tree) as other:
         codes = [driver.wait(250) for driver in (one, other)]
         outputs = [one.output, other.output]
     assert [0, 0] == codes, "\n".join(outputs)
-    assert all("score 38/38 shards  100%" in output for output in outputs), "\n".join(outputs)
+    assert all("score 19/19 shards  100%" in output for output in outputs), "\n".join(outputs)
     ledger.enter("two drivers on one run at once", len(codes), None, open_run(tree["run"]["uri"]), undisturbed)

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from jobs.seaweed import upload
+from pipeline import storage
 from pipeline.frozen import open_run
 from pipeline.run import attribute
 from pipeline.specfile import parse_spec
@@ -76,8 +77,9 @@ def longest_trouble(requests):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_whole_run_on_a_bad_store_ends_as_on_a_good_one(fault, bad_day, tree, undisturbed, ledger):
+def test_a_whole_run_on_a_bad_store_ends_as_on_a_good_one(fault, bad_day, tree, undisturbed, ledger, monkeypatch):
     """All of the run's requests, the workers' too, go through the proxy: what may pass is repeated and passes."""
+    monkeypatch.setattr(storage, "ANSWER_TIMEOUT_S", 3.0)  # in this process; workers wait for as long as they always do
     rules, in_process = FAULTS[fault]
     for word, when in rules:
         bad_day.add(word, **when)
