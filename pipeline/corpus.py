@@ -1,4 +1,4 @@
-"""Corpus and queries as rows: list the files, measure them once, then read any shard as checked examples.
+"""The corpus as rows: list the files, measure them once, then read any shard as checked examples.
 
 A row is addressed by its file and its position in it; with no id column that address is its id.
 """
@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -21,15 +20,13 @@ from .decode import decode, type_problem
 from .errors import InputError, SpecError
 from .extensions import load_format
 from .formats.base import Format, corpus_root, find_files, relative_path
-from .plan import make_shards
 from .records import Column, Measured, Reject, Rows, Shard, SourceFile
-from .spec import CorpusSection, QueriesSection
+from .spec import CorpusSection
 
 LISTING_THREADS = 16
 MEASURED_AT_ONCE = 64
 """Files that a thread is handed together: handing over takes as long as some footers."""
 MAX_DUPLICATES_SHOWN = 5
-WHOLE_FILE_ROWS = 1 << 62
 SUFFIXES = {
     ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv",
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "image_folder"),
@@ -129,8 +126,8 @@ class Corpus:
         ids, sources = self.section.example_id, self.section.source
         named = [name for column in columns for name in column.columns] + [name for name in (ids, sources) if name]
         rows = self._read(shard, list(dict.fromkeys(named)))
-        id_N = _as_text(rows.table, ids) if ids else self._made_ids(shard, rows.row_N)
-        source_N = _as_text(rows.table, sources) if sources else pa.nulls(len(rows.table), pa.string())
+        id_N = as_text(rows.table, ids) if ids else self._made_ids(shard, rows.row_N)
+        source_N = as_text(rows.table, sources) if sources else pa.nulls(len(rows.table), pa.string())
         arrays, good_N, rejects = decode(rows.table, rows.row_N, columns)
         position = {int(row): i for i, row in enumerate(rows.row_N)} if rejects else {}
         rejects = [replace(reject, example_id=id_N[position[reject.row]].as_py()) for reject in rejects]
@@ -202,7 +199,7 @@ class Corpus:
         """File, positions in it, and ids, shard after shard."""
         for shard in shards:
             rows = self._read(shard, [name])
-            yield shard.path, rows.row_N, _as_text(rows.table, name)
+            yield shard.path, rows.row_N, as_text(rows.table, name)
 
     def _places(self, shards: Sequence[Shard], name: str, wanted: set[str]) -> dict[str, list[str]]:
         places: dict[str, list[str]] = {}
@@ -256,48 +253,6 @@ def check_columns(measured: Measured, columns: Sequence[Column], asked: Mapping[
         raise InputError(f"{measured.file.path}:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Sequence[str] | None) -> pa.Table:
-    """All query rows: `query_id` first, then every column of their files.
-
-    Args:
-        section: From the spec.
-        columns: What the task reads.
-        classes: The corpus's, for image folders.
-
-    Raises:
-        InputError: Files, rows or ids are missing, or a row cannot be decoded: a query is never silently smaller.
-    """
-    reader, name = open_format(section.uri, section.format, classes)
-    if name == "image_folder" and classes is None:
-        raise InputError(
-            f"queries {section.uri}: folders of images have labels by position", "list corpus.classes in label order"
-        )
-    id_column = section.query_id or ("path" if name == "image_folder" else "query_id")
-    tables = []
-    for file in reader.files(section.uri):
-        measured = storage.retried(file.path, partial(reader.measure, file))
-        if not measured.rows:
-            continue
-        check_columns(measured, columns, {"queries.query_id": [id_column]})
-        for shard in make_shards([measured], WHOLE_FILE_ROWS):
-            rows = storage.retried(shard.path, partial(reader.read, shard, list(measured.columns)))
-            _, _, rejects = decode(rows.table, rows.row_N, columns)
-            for reject in sorted([*rows.rejects, *rejects], key=lambda one: one.row):
-                raise InputError(
-                    f"query row {reject.row} of {file.path}: column {reject.column}: got {reject.got}, expected {reject.expected}"
-                )
-            id_N = _as_text(rows.table, id_column)
-            if id_N.null_count:
-                raise InputError(
-                    f"query row {rows.row_N[id_N.is_null().index(True).as_py()]} of {file.path}: {id_column} is null"
-                )
-            rest = rows.table.drop_columns(["query_id"]) if "query_id" in rows.table.column_names else rows.table
-            tables.append(rest.add_column(0, "query_id", id_N))
-    if not tables:
-        raise InputError(f"queries {section.uri}: no rows", "a query is one or more rows that share a query_id")
-    return concat_rows(tables)
-
-
 def concat_rows(tables: Sequence[pa.Table]) -> pa.Table:
     """Tables of the same columns as one; a column whose types do not agree (text formats guess them) as JSON text."""
     try:
@@ -319,22 +274,6 @@ def _agreeing(table: pa.Table, names: Sequence[str], tables: Sequence[pa.Table])
     return table
 
 
-def decode_queries(table: pa.Table, columns: Sequence[Column]) -> dict[str, dict[str, np.ndarray]]:
-    """Query id -> task column -> [rows of the query, *shape], in order of first appearance.
-
-    Raises:
-        InputError: A row cannot be decoded.
-    """
-    arrays, good_N, rejects = decode(table, np.arange(len(table)), columns)
-    if not good_N.all():
-        raise InputError(f"queries.parquet row {rejects[0].row}: got {rejects[0].got}, expected {rejects[0].expected}")
-    id_N = np.asarray(table["query_id"].to_pylist())
-    return {
-        query_id: {name: array[id_N == query_id] for name, array in arrays.items()}
-        for query_id in dict.fromkeys(id_N.tolist())
-    }
-
-
 def payload_names(section: CorpusSection, columns: Sequence[Column]) -> list[str]:
     """Columns carried into the ranked table: the section's, or those the task reads."""
     if section.payload is not None:
@@ -350,7 +289,8 @@ def require_free_names(names: Sequence[str], taken: Sequence[str]) -> None:
         )
 
 
-def _as_text(table: pa.Table, name: str) -> pa.Array:
+def as_text(table: pa.Table, name: str) -> pa.Array:
+    """A column as strings. Raises InputError for a type that has no text."""
     array = table[name].combine_chunks()
     try:
         return array if pa.types.is_string(array.type) else array.cast(pa.string())

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from . import artifacts, storage
 from .artifacts import Run
-from .corpus import Corpus, open_format, payload_names, read_queries, require_free_names
+from .corpus import Corpus, open_format, payload_names, require_free_names
 from .errors import ArtifactError, InputError
 from .extensions import load_loader, load_producer, load_task
 from .formats.base import corpus_root, relative_path
@@ -26,6 +26,7 @@ from .frozen import create_addition, create_run, is_run, open_run, save_spec
 from .importing import user_code
 from .observe import say
 from .plan import Plan, added_fingerprint, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
+from .queries import read_queries
 from .records import RANKED, Addition, Manifest, Shard, SourceFile
 from .spec import QueriesSection, Resolved, Spec
 from .specfile import changed_fields

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from .artifacts import Run
 from .cluster import Watchdog, errors_of, require
-from .corpus import decode_queries
 from .errors import ContractError, NumericsError, PipelineError
 from .extensions import load_model, load_producer, load_task
 from .frozen import open_run
 from .importing import user_code
 from .observe import Progress, every, say, unsent
+from .queries import decode_queries
 from .storage import data_filesystem, remove_folder
 
 if TYPE_CHECKING:

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import formats
-from pipeline.corpus import SUFFIXES, WHOLE_FILE_ROWS, Corpus, read_queries
+from pipeline.corpus import SUFFIXES, Corpus
 from pipeline.errors import InputError
 from pipeline.extensions import load_format
 from pipeline.formats.text import STRIDE
 from pipeline.plan import make_shards
+from pipeline.queries import WHOLE_FILE_ROWS, read_queries
 from pipeline.records import Column
 from pipeline.spec import CorpusSection, QueriesSection
 

@@ -15,10 +15,10 @@ import yaml
 from jobs import display
 from jobs.seaweed import upload
 from pipeline import storage
-from pipeline.corpus import read_queries
 from pipeline.errors import ArtifactError, UnavailableError
 from pipeline.formats.base import find_files
 from pipeline.frozen import open_run
+from pipeline.queries import read_queries
 from pipeline.run import attribute, finish, rerank
 from pipeline.spec import QueriesSection
 from pipeline.specfile import parse_spec

@@ -1,0 +1,77 @@
+"""Queries as rows: read whole and checked when a run is frozen, as arrays when they are tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from . import storage
+from .corpus import as_text, check_columns, concat_rows, open_format
+from .decode import decode
+from .errors import InputError
+from .plan import make_shards
+from .records import Column
+from .spec import QueriesSection
+
+WHOLE_FILE_ROWS = 1 << 62
+
+
+def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Sequence[str] | None) -> pa.Table:
+    """All query rows: `query_id` first, then every column of their files.
+
+    Args:
+        section: From the spec.
+        columns: What the task reads.
+        classes: The corpus's, for image folders.
+
+    Raises:
+        InputError: Files, rows or ids are missing, or a row cannot be decoded: a query is never silently smaller.
+    """
+    reader, name = open_format(section.uri, section.format, classes)
+    if name == "image_folder" and classes is None:
+        raise InputError(
+            f"queries {section.uri}: folders of images have labels by position", "list corpus.classes in label order"
+        )
+    id_column = section.query_id or ("path" if name == "image_folder" else "query_id")
+    tables = []
+    for file in reader.files(section.uri):
+        measured = storage.retried(file.path, partial(reader.measure, file))
+        if not measured.rows:
+            continue
+        check_columns(measured, columns, {"queries.query_id": [id_column]})
+        for shard in make_shards([measured], WHOLE_FILE_ROWS):
+            rows = storage.retried(shard.path, partial(reader.read, shard, list(measured.columns)))
+            _, _, rejects = decode(rows.table, rows.row_N, columns)
+            for reject in sorted([*rows.rejects, *rejects], key=lambda one: one.row):
+                raise InputError(
+                    f"query row {reject.row} of {file.path}: column {reject.column}: got {reject.got}, expected {reject.expected}"
+                )
+            id_N = as_text(rows.table, id_column)
+            if id_N.null_count:
+                raise InputError(
+                    f"query row {rows.row_N[id_N.is_null().index(True).as_py()]} of {file.path}: {id_column} is null"
+                )
+            rest = rows.table.drop_columns(["query_id"]) if "query_id" in rows.table.column_names else rows.table
+            tables.append(rest.add_column(0, "query_id", id_N))
+    if not tables:
+        raise InputError(f"queries {section.uri}: no rows", "a query is one or more rows that share a query_id")
+    return concat_rows(tables)
+
+
+def decode_queries(table: pa.Table, columns: Sequence[Column]) -> dict[str, dict[str, np.ndarray]]:
+    """Query id -> task column -> [rows of the query, *shape], in order of first appearance.
+
+    Raises:
+        InputError: A row cannot be decoded.
+    """
+    arrays, good_N, rejects = decode(table, np.arange(len(table)), columns)
+    if not good_N.all():
+        raise InputError(f"queries.parquet row {rejects[0].row}: got {rejects[0].got}, expected {rejects[0].expected}")
+    id_N = np.asarray(table["query_id"].to_pylist())
+    return {
+        query_id: {name: array[id_N == query_id] for name, array in arrays.items()}
+        for query_id in dict.fromkeys(id_N.tolist())
+    }
