@@ -214,6 +214,9 @@ class ScoreShard:
 
     def _attempt(self, work: Work) -> Receipt:
         with self._worker.attempt(work.name) as number:
+            standing = self._run.standing(work.addition, work.shard.shard_id)
+            if standing is not None:  # by another driver, or in a block that comes again because its actor died
+                return standing
             if number <= self._max_failures + 1:
                 return self._score(work)
             died = f"{number - 1} workers died or stalled on it, the last attempts with no other shard beside it"
