@@ -19,13 +19,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 STOPS_WITHIN_S = 20.0
 ENDS = [
-    ("SIGKILL of the driver in stage freeze", signal.SIGKILL, "/run.yaml", 0),
+    ("SIGKILL of the driver in stage freeze", signal.SIGKILL, "/run/run.yaml", 0),
     ("SIGKILL of the driver in stage tune", signal.SIGKILL, "/meta.json", 1),
     ("SIGKILL of the driver in stage score", signal.SIGKILL, "/commits/", 2),
     ("SIGTERM of the driver in stage score", signal.SIGTERM, "/commits/", 2),
-    ("SIGKILL of the driver in stage rank", signal.SIGKILL, "/topk/", 1),
-    ("SIGKILL of the driver before the seal", signal.SIGKILL, "/_SUCCESS", 0),
-    ("SIGKILL of the driver in stage report", signal.SIGKILL, "/report/", 1),
+    ("SIGKILL of the driver in stage rank", signal.SIGKILL, "/run/topk/", 1),
+    ("SIGKILL of the driver before the seal", signal.SIGKILL, "/run/_SUCCESS", 0),
+    ("SIGKILL of the driver in stage report", signal.SIGKILL, "/run/report/", 1),
 ]
 """Fault, signal, and the PUT during which it comes: in whose path this stands, after so many others like it."""
 
