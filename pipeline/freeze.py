@@ -165,8 +165,9 @@ def _require_same_inputs(spec: Spec, digests: dict[str, str]) -> None:
 def _reopen(spec: Spec) -> Run:
     """The run in the folder, if the spec and its inputs are those it was made with; else ArtifactError."""
     run = open_run(spec.run.uri)
-    corpus = Corpus(spec.corpus)
     _require_same_files(run)
+    classes = spec.corpus.classes or run.spec.corpus.classes  # the files are the same: so are the classes found in them
+    corpus = Corpus(spec.corpus.model_copy(update={"classes": classes}))
     rows_each = spec.score.shard_rows or run.spec.score.shard_rows
     assert rows_each is not None
     wanted = _resolve(spec, corpus, rows_each)
