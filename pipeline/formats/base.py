@@ -62,11 +62,11 @@ def _above_wildcards(path: str) -> str:
 
 
 def relative_path(path: str, root: str) -> str:
-    """A corpus file's path below the corpus root."""
+    """A corpus file's path below the corpus root; all of its path where it lies elsewhere, in a folder that was added."""
     below = path if path.startswith(root) else path.split("://", 1)[-1]
     if not below.startswith(root):  # a scheme that is spelt another way; asking fsspec takes a hundred times as long
         below = storage.locate(path)[1]
-    return below.removeprefix(root).lstrip("/")
+    return "" if below == root else below.removeprefix(f"{root.rstrip('/')}/").lstrip("/")
 
 
 def _hidden(name: str, root: str) -> bool:
