@@ -27,7 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from .errors import InputError, StorageError, UnavailableError
 from .observe import say_seldom
-from .storage_errors import is_taken, mapped
+from .storage_errors import is_taken, mapped, unless_gone
 
 CHUNK_BYTES = 1 << 22
 TRIES = 8
@@ -285,8 +285,9 @@ def names(uri: str) -> list[str]:
 def objects(uri: str) -> dict[str, Stored]:
     """Everything under a folder, hidden names too: path in the folder -> size and time. Raises StorageError."""
     fs, path = locate(uri)
+    strict = {"on_error": unless_gone} if isinstance(fs, LocalFileSystem) else {}  # it leaves out what it cannot list
     try:
-        found = retried(uri, lambda: fs.find(path, detail=True))
+        found = retried(uri, lambda: fs.find(path, detail=True, **strict))
     except InputError:
         return {}
     start = len(path.rstrip("/")) + 1

@@ -1,5 +1,6 @@
 """Storage: whole objects at a URI, local and elsewhere, and foreign errors as ours."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -66,6 +67,24 @@ def test_names_follow_what_is_written_and_removed(folder):
 def test_a_folder_that_is_not_there_has_no_names_and_no_objects(folder):
     """Listing asks nothing of a fresh run."""
     assert ([], {}) == (storage.names(f"{folder}/none"), storage.objects(f"{folder}/none"))
+
+
+def test_objects_of_a_folder_that_cannot_be_listed_are_an_error(tmp_path, monkeypatch):
+    """They are not taken for missing: whoever asks deletes commits of what is. A folder that is gone by then is no error."""
+    storage.write_bytes(f"{tmp_path}/one/a", b"1")
+    storage.write_bytes(f"{tmp_path}/two/b", b"2")
+    scandir, raised = os.scandir, PermissionError(errno.EACCES, "denied")
+
+    def failing(path):
+        if str(path).endswith("two"):
+            raise raised
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(StorageError, match="access denied"):
+        storage.objects(str(tmp_path))
+    raised = FileNotFoundError(errno.ENOENT, "gone")
+    assert ["one/a"] == list(storage.objects(str(tmp_path)))
 
 
 def test_objects_are_all_that_lies_below_with_size_and_time(folder):
