@@ -111,12 +111,16 @@ class Protocol(RuleBasedStateMachine):
 
     # --- what begins -----------------------------------------------------------------------------------------------
 
-    @initialize(start=st.sampled_from(["nothing", "tuned", "sealed", "grown"]))
-    def begin(self, start: str) -> None:
-        """A folder in which nothing is, or all counterparts, or a whole run, or one that was just extended."""
+    @initialize(start=st.sampled_from(["nothing", "tuned", "sealed", "grown"]), conditional=st.booleans())
+    def begin(self, start: str, conditional: bool) -> None:
+        """A folder in which nothing is, or all counterparts, or a whole run, or one that was just extended.
+
+        With conditional PUTs, or (where a run is) as on a store that has none.
+        """
         self.extended = start == "grown"
         for path, data in self.world.starts[start].items():
-            storage.write_bytes(f"{self.uri}/{path}", data)
+            kept = conditional or path != "run.yaml"
+            storage.write_bytes(f"{self.uri}/{path}", data if kept else data.replace(b": create\n", b": put\n"))
 
     def spec(self, *overrides: str):
         return self.world.small.spec(self.uri, *OVERRIDES, *overrides)
@@ -410,6 +414,24 @@ class _Listed:
     def __init__(self, run: Run) -> None:
         there = storage.names(run.uri("scores", f"query_id={run.query_ids[0]}"))
         self.done = {(w.addition, w.shard.shard_id) for w in run.works() if f"{w.name}.parquet" in there}
+
+
+def test_the_slower_of_two_that_freeze_takes_what_the_faster_froze(world):
+    """A driver that finds a run.yaml in the moment of writing its own goes on with that run, its store's ways included."""
+    uri, frozen = world.new_uri(), []
+    spec = world.small.spec(uri, *OVERRIDES)
+    with in_hand():
+        slower = Actor("slower", lambda: frozen.append(freeze(spec)), uri)
+        while not storage.exists(f"{uri}/queries.parquet"):
+            slower.step()
+        while not slower.at.endswith("run.yaml"):  # is there one?
+            slower.step()
+        slower.step()
+        faster = freeze(spec)
+        slower.end()
+    assert slower.error is None
+    assert [faster.spec] == [run.spec for run in frozen]
+    assert "create" == faster.resolved.commits
 
 
 def command(world: World, uri: str, extended: bool) -> None:
