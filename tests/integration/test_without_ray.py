@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from pipeline import freeze, rank, report, storage
-from pipeline.frozen import open_run
 from pipeline.corpus import Corpus
 from pipeline.errors import ArtifactError, ContractError, InputError, NumericsError, SpecError
+from pipeline.frozen import open_run
 from pipeline.producers.base import Produced
 from pipeline.records import Column, Shard
 from pipeline.run import finish, rerank
