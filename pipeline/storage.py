@@ -26,8 +26,9 @@ import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
 
 from .errors import InputError, StorageError, UnavailableError
+from .local_disk import files_below, write_local
 from .observe import say_seldom
-from .storage_errors import is_taken, mapped, unless_gone
+from .storage_errors import is_taken, mapped
 
 CHUNK_BYTES = 1 << 22
 TRIES = 8
@@ -239,7 +240,7 @@ def creates(folder_uri: str) -> bool:
 
 def _put(uri: str, data: bytes, only_new: bool) -> None:
     fs, path = locate(uri)
-    write = _write_local if isinstance(fs, LocalFileSystem) else _write_remote
+    write = write_local if isinstance(fs, LocalFileSystem) else _write_remote
     try:
         retried(uri, lambda: write(fs, path, data, only_new))
     except InputError as error:  # "no such file" means something else where one is to be made
@@ -248,25 +249,6 @@ def _put(uri: str, data: bytes, only_new: bool) -> None:
 
 def _write_remote(fs: Any, path: str, data: bytes, only_new: bool) -> None:
     fs.pipe_file(path, data, mode="create" if only_new else "overwrite")
-
-
-def _write_local(_: Any, path: str, data: bytes, only_new: bool) -> None:
-    """Write whole, or leave what was there."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if only_new:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):  # renamed
-            os.unlink(temporary)
 
 
 def names(uri: str) -> list[str]:
@@ -285,9 +267,8 @@ def names(uri: str) -> list[str]:
 def objects(uri: str) -> dict[str, Stored]:
     """Everything under a folder, hidden names too: path in the folder -> size and time. Raises StorageError."""
     fs, path = locate(uri)
-    strict = {"on_error": unless_gone} if isinstance(fs, LocalFileSystem) else {}  # it leaves out what it cannot list
     try:
-        found = retried(uri, lambda: fs.find(path, detail=True, **strict))
+        found = retried(uri, lambda: files_below(fs, path))
     except InputError:
         return {}
     start = len(path.rstrip("/")) + 1

@@ -48,12 +48,6 @@ def is_store_error(error: OSError) -> bool:
     return error.errno is not None or type(error) is not OSError or bool(_AWS_ERROR.search(str(error)))
 
 
-def unless_gone(error: OSError) -> None:
-    """What a walk meets on its way: a folder that is gone by then is no error, one that cannot be listed is."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
 def is_taken(error: BaseException) -> bool:
     """Whether a conditional PUT was refused because something stands there; stores and s3fs versions say it in three ways."""
     if isinstance(error, FileExistsError):

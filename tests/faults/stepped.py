@@ -142,7 +142,7 @@ class _OneByOne:
 @contextmanager
 def in_hand() -> Iterator[pytest.MonkeyPatch]:
     """Requests of actors are theirs to make; those of other threads pass."""
-    real_retried, real_write = storage.retried, storage._write_local
+    real_retried, real_write = storage.retried, storage.write_local
 
     def retried(uri: str, action: Callable[[], Any]) -> Any:
         actor = getattr(_here, "actor", None)
@@ -159,7 +159,7 @@ def in_hand() -> Iterator[pytest.MonkeyPatch]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "retried", retried)
-        patch.setattr(storage, "_write_local", write_local)
+        patch.setattr(storage, "write_local", write_local)
         patch.setattr(storage, "FIRST_PAUSE_S", 0.0001)
         patch.setattr(artifacts, "ThreadPoolExecutor", _OneByOne)
         yield patch

@@ -396,7 +396,7 @@ def write_in_place(patch: pytest.MonkeyPatch) -> None:
         if stepped.is_torn():
             raise Crash
 
-    patch.setattr(storage, "_write_local", write)
+    patch.setattr(storage, "write_local", write)
 
 
 def leave_the_seal(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,47 @@
+"""What fsspec does not do well enough on a local disk: whole-object writes, and listings that miss nothing."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import suppress
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+
+def write_local(_: Any, path: str, data: bytes, only_new: bool) -> None:
+    """Write whole, or leave what was there. Raises OSError; FileExistsError if `only_new` and something stands there."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if only_new:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):  # renamed
+            os.unlink(temporary)
+
+
+def files_below(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+    """Path -> info of every file under a folder. Raises OSError: a local folder that cannot be listed is no empty one."""
+    if not isinstance(fs, LocalFileSystem):
+        return dict(fs.find(path, detail=True))
+    found = {}
+    for folder, _, names in os.walk(path, onerror=_unless_gone):
+        for name in names:
+            with suppress(FileNotFoundError):  # a temporary file, renamed by now
+                state = os.stat(os.path.join(folder, name))
+                found[os.path.join(folder, name)] = {"size": state.st_size, "mtime": state.st_mtime, "type": "file"}
+    return found
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
