@@ -173,13 +173,16 @@ def files_part(scale: float, folder: Path, there: seaweed.Store | None = None) -
     with nullcontext(there) if there else seaweed.store() as store, mock.patch.dict(os.environ, store.environment):
         uri = store.prefix("small-files")
         upload_s, _ = timed(lambda: _upload(uri, files))
+        used_s = -time.process_time()
         with memory() as watched:
             seconds, run = timed(lambda: nothing.frozen(folder / "of-files", uri))
+        used_s += time.process_time()
         listing_s, _ = timed(lambda: storage.objects(uri))
     assert (len(run.shards), run.rows) == (files, files * S3_ROWS_EACH)
     same = f"{files:,} Parquet files of {S3_ROWS_EACH} rows on SeaweedFS on the same machine; {machine()}"
     return [
         at_most("files: list and freeze (s)", seconds, 120, f"{files / seconds:,.0f} files/s; {same}"),
+        figure("files: CPU time of it, without the server's (s)", used_s, same),
         figure("files: of which one listing takes about (s)", listing_s, same),
         figure("files: memory that it takes (MB)", watched.grown_bytes / 1e6, same),
         figure("files: writing them for this (s)", upload_s, same),
