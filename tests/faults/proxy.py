@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ class Request(NamedTuple):
     Args:
         method: HTTP's.
         path: With its query.
-        met: Fault or "passed".
+        met: Fault, or "passed", or "unheard" where the server was not there.
         at_s: Unix time.
     """
 
@@ -117,13 +117,19 @@ class Proxy:
             self.done.clear()
             self.requests.clear()
 
-    def fault(self, method: str, path: str) -> str:
-        """What happens to a request."""
+    def arrived(self, method: str, path: str) -> Request:
+        """A request, with what happens to it."""
         with self._lock:
             met = next((rule.fault for rule in self._rules if rule.strikes(method, path)), "passed")
             self.done[met] += 1
             self.requests.append(Request(method, path, met, time.time()))
-        return met
+            return self.requests[-1]
+
+    def unheard(self, request: Request) -> None:
+        """The server is not there: the request was not passed on after all."""
+        with self._lock, suppress(ValueError):  # all was cleared since
+            self.requests[self.requests.index(request)] = request._replace(met="unheard")
+            self.done["passed"] -= 1
 
     def hold(self) -> None:
         """Until the proxy closes."""
@@ -169,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _handle(self) -> None:
-        body, fault = self._body(), self.proxy.fault(self.command, self.path)
+        body, request = self._body(), self.proxy.arrived(self.command, self.path)
+        fault = request.met
         if fault == "hang":
             self.proxy.hold()
         if fault in ("hang", "drop"):
@@ -181,22 +188,23 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "bare":
             self._answer(503, {}, b"")
         else:
-            self._pass(body, fault)
+            self._pass(body, request)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
 
-    def _pass(self, body: bytes, fault: str) -> None:
+    def _pass(self, body: bytes, request: Request) -> None:
         try:
             answer, content = self.proxy.forward(self, body)
         except (OSError, http.client.HTTPException):  # as if the server itself had closed the connection
+            self.proxy.unheard(request)
             self.close_connection = True
             return
-        if fault == "lost":
+        if request.met == "lost":
             self.close_connection = True
             return
         headers = {name: value for name, value in answer.getheaders() if name.lower() not in _HOP}
         length = answer.getheader("Content-Length") if self.command == "HEAD" else None
-        self._answer(answer.status, headers, content, length, cut=fault == "cut")
+        self._answer(answer.status, headers, content, length, cut=request.met == "cut")
 
     def _answer(
         self, status: int, headers: dict[str, str], content: bytes, length: str | None = None, cut: bool = False
