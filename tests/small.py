@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,15 @@ class Small:
     def spec(self, run_uri: Path | str, *overrides: str) -> Any:
         """It as a spec, with overrides."""
         return parse_spec(self.tree(run_uri), overrides)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Of torch: more of them wait for each other for longer than a shard here takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def work_off(run: Run, order: Callable[[list[Work]], list[Work]] = list) -> Run:

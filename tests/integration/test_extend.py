@@ -23,7 +23,7 @@ from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tune import Tuner
 from tests.conftest import read_scores
-from tests.small import LATER, Small, products, work_off
+from tests.small import LATER, Small, one_thread, products, work_off
 
 QUERIES, CORPUS = "queries", "corpus"
 
@@ -31,9 +31,10 @@ QUERIES, CORPUS = "queries", "corpus"
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The small world, with a finished run in `run`."""
-    made = Small(tmp_path_factory.mktemp("small"))
-    work_off(freeze(made.spec(made.folder / "run")))
-    return made
+    with one_thread():
+        made = Small(tmp_path_factory.mktemp("small"))
+        work_off(freeze(made.spec(made.folder / "run")))
+        yield made
 
 
 @pytest.fixture
@@ -158,6 +159,7 @@ def test_an_extension_that_was_killed_goes_on_by_the_same_command(small, run_uri
     require_equal(work_off(run), at_once(frozenset({QUERIES, CORPUS})))
 
 
+@pytest.mark.slow
 def test_an_extension_that_was_killed_goes_on_by_the_runs_command(small, run_uri, at_once):
     """`run SPEC` does what an addition left to do."""
     extend(run_uri, *later(small, "both"))
@@ -189,6 +191,7 @@ def test_ids_that_the_run_has_are_refused(small, run_uri, tmp_path):
     assert before == objects(run_uri)
 
 
+@pytest.mark.slow
 def test_a_changed_file_of_the_run_is_refused(small, run_uri, tmp_path):
     """What was scored must still be what lies there."""
     corpus = tmp_path / "corpus"
