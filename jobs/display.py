@@ -145,7 +145,7 @@ def show_audit(run: Run, found: Audit) -> None:
     table = Table(title=run.uri(), title_justify="left", show_header=False)
     rows = {
         "shards": f"{found.commits:,} of {found.works:,} committed"
-        + (f", {found.quarantined:,} of them given up" if found.quarantined else ""),
+        + (f", {len(found.given_up):,} of them given up" if found.given_up else ""),
         "rows": f"{found.rows:,} scored, {found.rejects:,} rejected, of {run.rows_to_score:,}",
         "counterparts": f"{found.counterparts:,} of {len(run.query_ids):,} committed",
         "objects": f"{found.objects:,} named by commits; {read}",

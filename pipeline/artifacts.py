@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from . import storage
 from .errors import ArtifactError, ForeignError, InputError
-from .records import PARQUET_OPTIONS, Addition, Column, Manifest, Receipt, Work, work_name
+from .records import PARQUET_OPTIONS, Addition, Column, Manifest, Receipt, Work, Written, parse_receipt, work_name
 from .spec import Resolved, Spec
 
 READING_THREADS = 16
@@ -71,6 +71,11 @@ class Run:
         """URI of something in the run's folder."""
         return "/".join((self.spec.run.uri, *parts))
 
+    @property
+    def mending(self) -> str:
+        """What to do about something damaged, for hints."""
+        return f"`mirrorscope verify --mend {self.uri()}`, then the run's command again: what is damaged is made anew"
+
     # --- work ------------------------------------------------------------------------------------------------------
 
     def works(self) -> Iterator[Work]:
@@ -106,7 +111,7 @@ class Run:
 
     # --- tables and JSON -------------------------------------------------------------------------------------------
 
-    def write_table(self, table: pa.Table, *parts: str) -> dict[str, Any]:
+    def write_table(self, table: pa.Table, *parts: str) -> Written:
         """Write a table whole as Parquet; its size and digest, for a commit."""
         return self.write(parquet_bytes(table), *parts)
 
@@ -127,10 +132,10 @@ class Run:
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(f"{self.uri(*parts)} is damaged: {error}") from error
 
-    def write(self, data: bytes, *parts: str) -> dict[str, Any]:
+    def write(self, data: bytes, *parts: str) -> Written:
         """Write an object whole; its size and digest, for a commit."""
         storage.write_bytes(self.uri(*parts), data)
-        return {"bytes": len(data), "sha256": storage.bytes_digest(data)}
+        return Written(bytes=len(data), sha256=storage.bytes_digest(data))
 
     def write_json(self, value: Any, *parts: str) -> None:
         """Write a JSON object whole, readable."""
@@ -146,28 +151,52 @@ class Run:
     # --- counterparts ----------------------------------------------------------------------------------------------
 
     def commit_counterpart(self, query_id: str, tensors: bytes, meta: Mapping[str, Any]) -> None:
-        """Write a counterpart's changed tensors (safetensors), then its meta.json, which commits it."""
-        written = self.write(tensors, "counterparts", partition(query_id), "changed.safetensors")
+        """Write a counterpart's changed tensors (safetensors) under a name of their contents, then meta.json, which commits it.
+
+        The first one stands: what is scored under it must not be scored under another.
+        """
+        name = f"changed-{storage.bytes_digest(tensors)[:16]}.safetensors"
+        folder = ("counterparts", partition(query_id))
+        if self._is_made(query_id):
+            return
+        written = {"name": name, **self.write(tensors, *folder, name)}
         fingerprint = next(each.fingerprint for each in self.additions if query_id in each.query_ids)
-        signed = {**meta, "query_id": query_id, "fingerprint": fingerprint, "tensors": written}
-        self.write_json(signed, "counterparts", partition(query_id), "meta.json")
+        data = json_bytes({**meta, "query_id": query_id, "fingerprint": fingerprint, "tensors": written})
+        if self.resolved.commits == "create":
+            made = storage.create_bytes(self.uri(*folder, "meta.json"), data)
+            if made or self._is_made(query_id):
+                return
+        self.write(data, *folder, "meta.json")
+
+    def _is_made(self, query_id: str) -> bool:
+        try:
+            self.counterpart_meta(query_id)
+        except ForeignError:
+            raise
+        except (InputError, ArtifactError):
+            return False
+        return True
 
     def counterpart_meta(self, query_id: str) -> dict[str, Any]:
         """A committed counterpart's meta.json. Raises InputError, ArtifactError (of another run, or damaged)."""
         meta = self.read_json("counterparts", partition(query_id), "meta.json")
-        if not isinstance(meta, dict) or ("fingerprint" in meta and "tensors" not in meta):
+        tensors = meta.get("tensors") if isinstance(meta, dict) else None
+        if not isinstance(tensors, dict) or not {"name", "bytes", "sha256"} <= tensors.keys():
             raise ArtifactError(f"{self.uri('counterparts', partition(query_id), 'meta.json')} is damaged")
         self._require_own(meta.get("fingerprint"), f"counterpart of query {query_id!r}")
         return dict(meta)
 
+    def tensors_path(self, query_id: str) -> str:
+        """Path of a committed counterpart's tensors in the run's folder. Raises as `counterpart_meta`."""
+        return f"counterparts/{partition(query_id)}/{self.counterpart_meta(query_id)['tensors']['name']}"
+
     def counterpart_tensors(self, query_id: str) -> bytes:
         """A committed counterpart's changed tensors, checked against its digest. Raises InputError, ArtifactError."""
-        data = storage.read_bytes(self.uri("counterparts", partition(query_id), "changed.safetensors"))
         expected = self.counterpart_meta(query_id)["tensors"]["sha256"]
+        data = storage.read_bytes(self.uri(self.tensors_path(query_id)))
         if (got := storage.bytes_digest(data)) != expected:
             raise ArtifactError(
-                f"counterpart of query {query_id!r} is damaged: got sha256 {got}, expected {expected}",
-                f"delete {self.uri('counterparts', partition(query_id))} and run again",
+                f"counterpart of query {query_id!r} is damaged: got sha256 {got}, expected {expected}", self.mending
             )
         return data
 
@@ -203,26 +232,23 @@ class Run:
         parallel(lambda path: storage.remove(self.uri(path)), paths)
 
     def standing(self, addition: int, shard_id: int) -> Receipt | None:
-        """A shard's commit, if it has one that is whole. Raises ArtifactError for another run's."""
+        """A shard's commit, if it has one that is whole. Raises ForeignError for another run's."""
         try:
-            receipt = self._read_receipt(addition, shard_id)
+            return self.receipt(addition, shard_id)
+        except ForeignError:
+            raise
         except (InputError, ArtifactError):
             return None
-        self._require_own(receipt.fingerprint, f"commit {receipt.name}")
-        return receipt
 
     def receipt(self, addition: int, shard_id: int) -> Receipt:
         """A shard's commit. Raises InputError if it is not there, ArtifactError for one of another run, or damaged."""
-        receipt = self._read_receipt(addition, shard_id)
-        self._require_own(receipt.fingerprint, f"commit {receipt.name}")
-        return receipt
-
-    def _read_receipt(self, addition: int, shard_id: int) -> Receipt:
         name = f"{work_name(addition, shard_id)}.json"
         try:
-            return Receipt(**self.read_json("commits", name))
-        except TypeError as error:
+            receipt = parse_receipt(self.read_json("commits", name))
+        except ValueError as error:
             raise ArtifactError(f"{self.uri('commits', name)} is damaged: {error}") from error
+        self._require_own(receipt.fingerprint, f"commit {receipt.name}")
+        return receipt
 
     def committed(self) -> set[tuple[int, int]]:
         """(addition, shard) of every commit, by one listing."""
@@ -239,8 +265,7 @@ class Run:
         """A table that a commit names, by its path in the run's folder. Raises InputError, ArtifactError."""
         if path not in receipt.files:
             raise ArtifactError(f"commit {receipt.name} names no {path}")
-        hint = f"`mirrorscope verify --mend {self.uri()}`, then the run's command again: what is damaged is made anew"
-        return self.read_table(path, sha256=receipt.files[path]["sha256"], hint=hint)
+        return self.read_table(path, sha256=receipt.files[path]["sha256"], hint=self.mending)
 
     def is_tolerable(self, rejected: int) -> bool:
         """Whether so many rejected rows are within what the spec allows of all rows gone through."""
@@ -289,13 +314,22 @@ class Run:
                 )
             yield receipt
 
+    def ranking(self) -> dict[str, Any]:
+        """What topk/meta.json says of the ranking. Raises InputError if there is none, ArtifactError if it is damaged."""
+        meta = self.read_json("topk", "meta.json")
+        if not isinstance(meta, dict) or not isinstance(meta.get("tables"), dict):
+            raise ArtifactError(f"{self.uri('topk', 'meta.json')} is damaged", "rank the run again")
+        return meta
+
     def read_ranked(self) -> tuple[pa.Table, dict[str, Any]]:
         """The ranked table and its meta.json. Raises ArtifactError if the run was not ranked."""
-        if not storage.exists(self.uri("topk", "meta.json")):
-            raise ArtifactError(
-                f"{self.uri()} is not ranked yet", "run its spec to the end; `mirrorscope status` says how far it is"
-            )
-        return self.read_table("topk", "ranked.parquet"), self.read_json("topk", "meta.json")
+        try:
+            meta = self.ranking()
+        except InputError as error:
+            hint = "run its spec to the end; `mirrorscope status` says how far it is"
+            raise ArtifactError(f"{self.uri()} is not ranked yet", hint) from error
+        hint = f"`mirrorscope rank {self.uri()}` makes it anew"
+        return self.read_table("topk", "ranked.parquet", sha256=meta["tables"]["ranked.parquet"], hint=hint), meta
 
     def seal(self) -> None:
         """Write _SUCCESS: every row of the corpus is in exactly one of scores and rejects. Raises ArtifactError, InputError."""
@@ -309,11 +343,14 @@ class Run:
         self.write_json({**counts, "fingerprint": self.additions[-1].fingerprint}, "_SUCCESS")
 
     def is_sealed(self) -> bool:
-        """Whether _SUCCESS stands, for all that the run was given."""
+        """Whether _SUCCESS stands, for all that the run was given. Raises ArtifactError if it is damaged."""
         try:
-            return bool(self.read_json("_SUCCESS")["fingerprint"] == self.additions[-1].fingerprint)
+            said = self.read_json("_SUCCESS")
         except InputError:
             return False
+        if not isinstance(said, dict) or "fingerprint" not in said:
+            raise ArtifactError(f"{self.uri('_SUCCESS')} is damaged")
+        return bool(said["fingerprint"] == self.additions[-1].fingerprint)
 
     def _require_own(self, fingerprint: Any, what: str) -> None:
         own = [addition.fingerprint for addition in self.additions]
@@ -322,6 +359,11 @@ class Run:
                 f"{self.uri()}: {what} carries fingerprint {fingerprint}, expected {' or '.join(own)}",
                 "the folder mixes two runs; use a new run.uri",
             )
+
+
+def counterparts_digest(tensors_sha256: Sequence[str]) -> str:
+    """One digest of several counterparts, from those of their tensors in order."""
+    return storage.bytes_digest("\n".join(tensors_sha256).encode())
 
 
 def partition(query_id: str) -> str:

@@ -51,23 +51,12 @@ class Attempts:
         self._running.setdefault(actor_id, {})[name] = Attempt(name, worker, time.time(), before + 1, actor)
         return before + 1
 
-    def end(self, actor_id: str, name: str) -> None:
-        """A shard is done, or failed with an error that will come home."""
-        self._running.get(actor_id, {}).pop(name, None)
-        self._begun.pop(name, None)
-
-    def take_stalled(self, after_s: float) -> list[Attempt]:
-        """Of every actor that sits on a shard for longer, its longest attempt; whoever asks ends these actors.
-
-        They count as idle from here on: one that takes long to start again is not taken for stalled once more.
-        """
-        stalled = []
-        for shards in self._running.values():
-            longest = min(shards.values(), key=lambda one: one.since_s, default=None)
-            if longest is not None and time.time() - longest.since_s > after_s:
-                stalled.append(longest)
-                shards.clear()
-        return stalled
+    def end(self, actor_id: str, worker: str, name: str) -> None:
+        """A shard is done, or failed with an error that will come home. Of an actor that has started again since, no news."""
+        attempt = self._running.get(actor_id, {}).get(name)
+        if attempt is not None and attempt.worker == worker:
+            del self._running[actor_id][name]
+            self._begun.pop(name, None)
 
     def running(self) -> list[Attempt]:
         """What is worked on, longest first."""
@@ -158,4 +147,4 @@ class Worker:
         try:
             yield number
         finally:  # not reached by a death, which is what is counted
-            self._attempts.end.remote(self._actor_id, name)
+            self._attempts.end.remote(self._actor_id, self._where, name)

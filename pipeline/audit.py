@@ -6,7 +6,7 @@ Writes: nothing; `mend` deletes the commit of what is damaged, `collect` deletes
 
 from __future__ import annotations
 
-import io
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from . import storage
-from .artifacts import READ_AT_ONCE, Run, parallel, partition
+from .artifacts import READ_AT_ONCE, Run, counterparts_digest, parallel, partition
 from .errors import ArtifactError, ForeignError, InputError
 from .frozen import frozen_objects
 from .observe import Progress, say
@@ -25,9 +25,11 @@ from .storage import Stored
 
 RECHECK_BYTES = 1 << 30
 """Up to so much, a start reads again all that is committed; beyond, it looks at sizes and leaves the rest to `verify`."""
-MADE_ANEW = ("topk/", "report/", "lake/", "_SUCCESS")
-"""What every rank, report and publication writes again: no commit names it."""
 _DATA = ("scores/", "partials/", "rejects/", "counterparts/")
+_OURS = (*_DATA, "commits/", "additions/", ".train-", ".probe-")
+"""Where something that nobody names is a leaving of ours; what else lies in the folder is somebody's own."""
+_TEMPORARY = re.compile(r"(?:(?:topk|report|lake)/)?\.[^/]+\.[0-9a-f]{32}\.tmp")
+_ROWS = re.compile(r"(?:scores/[^/]+|rejects)/(shard-\d+(?:-addition-\d+)?)\.parquet")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Audit:
         counterparts: Counterparts that are committed.
         rows: Score rows per query set, as the commits say.
         rejects: Rows in rejects/.
-        quarantined: Shards given up.
+        given_up: Commits of shards that were given up.
         objects: Objects that commits name.
         read_bytes: Bytes read to compare digests; 0 if only sizes were compared.
         sealed: Whether _SUCCESS stands for all of the run.
@@ -68,11 +70,11 @@ class Audit:
     counterparts: int = 0
     rows: int = 0
     rejects: int = 0
-    quarantined: int = 0
     objects: int = 0
     read_bytes: int = 0
     sealed: bool = False
     damage: list[Finding] = field(default_factory=list)
+    given_up: list[Receipt] = field(default_factory=list)
     orphans: dict[str, Stored] = field(default_factory=dict)
 
 
@@ -92,28 +94,37 @@ def audit(run: Run, read_at_most: float = float("inf"), shown: bool = True) -> A
     data_bytes = sum(each.size_bytes for path, each in stored.items() if path.startswith(_DATA))
     look = _Look(run, stored, deep=data_bytes <= read_at_most)
     found = Audit(works=run.number_of_works, commits=len(committed), counterparts=len(made))
-    named = set(stored) & set(_check_frozen(look, found))
+    named = _check_frozen(look, found)
     for query_id in sorted(made):
         named |= _check_counterpart(look, found, query_id)
+    read: set[str] = set()
     progress = Progress("check", len(committed), "shards", shown=shown)
     with progress:
-        for some in _chunks(sorted(committed)):
+        for some in _some_at_once(sorted(committed)):
             for paths, findings, receipt in parallel(lambda key: look.commit(*key), some):
                 named |= paths
                 found.damage += findings
                 if receipt is not None:
+                    read.add(receipt.name)
                     _add(found, run, receipt)
                 progress.advance(receipt.rows if receipt is not None else 0)
-    found.objects, found.read_bytes = len(named), look.read_bytes
+    named |= _check_ranking(look, found)
+    found.objects, found.read_bytes = len(named & stored.keys()), look.read_bytes
     _check_seal(run, stored, found)
+    nobodys = {path: each for path, each in stored.items() if path not in named}
     found.orphans = {
-        path: each for path, each in stored.items() if path not in named and not path.startswith(MADE_ANEW)
+        path: each for path, each in nobodys.items() if path.startswith(_OURS) or _TEMPORARY.fullmatch(path)
     }
+    for path in found.orphans:  # of a shard that is committed: who reads the folder would count its rows twice
+        if (rows := _ROWS.fullmatch(path)) and rows[1] in read:
+            found.damage.append(Finding(path, "is not named by the shard's commit", f"commits/{rows[1]}.json"))
     return found
 
 
 def mend(run: Run) -> None:
     """See at a start that what is committed is whole, and void what is not, so that it is made anew.
+
+    Shards that were given up are tried again, unless the spec tolerates them.
 
     Raises:
         ArtifactError: Something is wrong that making anew does not mend.
@@ -122,6 +133,13 @@ def mend(run: Run) -> None:
         return
     found = audit(run, RECHECK_BYTES, shown=False)
     void(run, found.damage)
+    if run.is_tolerable(found.rejects):
+        return
+    for receipt in found.given_up:
+        say(f"{receipt.name} was given up before ({receipt.quarantined}); it is tried again")
+    run.void([f"commits/{receipt.name}.json" for receipt in found.given_up])
+    rejects = [path for receipt in found.given_up for path in receipt.files]  # its rows are no rejects any more
+    parallel(lambda path: storage.remove(run.uri(path)), rejects)
 
 
 def void(run: Run, damage: Sequence[Finding]) -> None:
@@ -158,21 +176,24 @@ class _Look:
     """What is on the store against what should be."""
 
     def __init__(self, run: Run, stored: dict[str, Stored], deep: bool) -> None:
-        self._run, self._stored, self._deep = run, stored, deep
+        self.run, self._stored, self._deep = run, stored, deep
         self.read_bytes = 0
+        self.tensors: dict[str, str] = {}
 
     def commit(self, addition: int, shard_id: int) -> tuple[set[str], list[Finding], Receipt | None]:
         """Paths that a shard's commit names (its own too), what is wrong with them, and the commit if it can be used."""
         path = f"commits/{work_name(addition, shard_id)}.json"
         try:
-            receipt = self._run.receipt(addition, shard_id)
-            work = self._run.work(addition, shard_id)
+            receipt = self.run.receipt(addition, shard_id)
+            work = self.run.work(addition, shard_id)
         except (ArtifactError, InputError) as error:
             foreign = isinstance(error, ForeignError)
             return {path}, [Finding(path, error.message, commit=None if foreign else path)], None
         except IndexError:
             return {path}, [Finding(path, "the manifest has no such shard")], None
-        findings = [Finding(path, what, path) for what in _wrong_counts(receipt, work)]
+        findings = [
+            Finding(path, what, path) for what in (*_wrong_counts(receipt, work), *self._wrong_models(receipt, work))
+        ]
         for name, written in receipt.files.items():
             expected_rows = receipt.rejects if name.startswith("rejects/") else receipt.rows
             rows = expected_rows if name.startswith(("rejects/", "scores/")) else None
@@ -180,6 +201,12 @@ class _Look:
                 Finding(name, what, path) for what in self.wrong(name, written["sha256"], written["bytes"], rows)
             ]
         return {path, *receipt.files}, findings, receipt
+
+    def _wrong_models(self, receipt: Receipt, work: Work) -> Iterator[str]:
+        there = [self.tensors[query_id] for query_id in work.query_ids if query_id in self.tensors]
+        whole = len(there) == len(work.query_ids) and receipt.quarantined is None
+        if whole and receipt.counterparts != counterparts_digest(there):
+            yield "was scored under other counterparts than those that are there"
 
     def wrong(self, path: str, sha256: str | None, size_bytes: int | None, rows: int | None = None) -> Iterator[str]:
         """What is wrong with one object."""
@@ -189,19 +216,18 @@ class _Look:
         elif size_bytes is not None and there.size_bytes != size_bytes:
             yield f"got {there.size_bytes:,} bytes, expected {size_bytes:,}"
         elif self._deep and sha256 is not None:
-            data = storage.read_bytes(self._run.uri(path))
-            self.read_bytes += len(data)
-            if (got := storage.bytes_digest(data)) != sha256:
+            self.read_bytes += there.size_bytes
+            if (got := storage.file_digest(self.run.uri(path))) != sha256:
                 yield f"got sha256 {got}, expected {sha256}"
-            elif rows is not None and (got_rows := _parquet_rows(data)) != rows:
+            elif rows is not None and (got_rows := self._rows(path)) != rows:
                 yield f"got {got_rows} rows, expected {rows:,}"
 
-
-def _parquet_rows(data: bytes) -> int | str:
-    try:
-        return int(pq.read_metadata(io.BytesIO(data)).num_rows)
-    except (pa.ArrowInvalid, OSError) as error:
-        return f"no Parquet ({error})"
+    def _rows(self, path: str) -> int | str:
+        try:
+            with storage.reading(self.run.uri(path)) as source:
+                return int(pq.read_metadata(source).num_rows)
+        except (pa.ArrowInvalid, OSError) as error:
+            return f"no Parquet ({error})"
 
 
 def _wrong_counts(receipt: Receipt, work: Work) -> Iterator[str]:
@@ -210,35 +236,53 @@ def _wrong_counts(receipt: Receipt, work: Work) -> Iterator[str]:
     wanted = {f"rejects/{work.name}.parquet"} if receipt.rejects else set()
     if not receipt.quarantined:
         wanted |= {f"scores/{partition(query_id)}/{work.name}.parquet" for query_id in work.query_ids}
+        wanted.add(f"partials/topk/{receipt.partial}")
     if missing := sorted(wanted - set(receipt.files)):
         yield f"names no {missing[0]}"
 
 
-def _check_frozen(look: _Look, found: Audit) -> Iterator[str]:
-    for path, sha256 in frozen_objects(look._run).items():
+def _check_frozen(look: _Look, found: Audit) -> set[str]:
+    """Paths of what is frozen."""
+    frozen = frozen_objects(look.run)
+    for path, sha256 in frozen.items():
         found.damage += [Finding(path, what) for what in look.wrong(path, sha256, None)]
-        yield path
+    return set(frozen)
+
+
+def _check_ranking(look: _Look, found: Audit) -> set[str]:
+    """Paths of the ranking, if there is one."""
+    meta = "topk/meta.json"
+    try:
+        tables = look.run.ranking()["tables"]
+    except InputError:
+        return set()
+    except ArtifactError as error:
+        found.damage.append(Finding(meta, error.message, meta))
+        return {meta}
+    for name, sha256 in tables.items():
+        found.damage += [Finding(f"topk/{name}", what, meta) for what in look.wrong(f"topk/{name}", sha256, None)]
+    return {meta, *(f"topk/{name}" for name in tables)}
 
 
 def _check_counterpart(look: _Look, found: Audit, query_id: str) -> set[str]:
     """Paths of a counterpart."""
     folder = f"counterparts/{partition(query_id)}"
-    meta, tensors = f"{folder}/meta.json", f"{folder}/changed.safetensors"
+    meta = f"{folder}/meta.json"
     try:
-        written = look._run.counterpart_meta(query_id)["tensors"]
+        written = look.run.counterpart_meta(query_id)["tensors"]
     except ArtifactError as error:
         foreign = isinstance(error, ForeignError)
         found.damage.append(Finding(meta, error.message, commit=None if foreign else meta))
-    else:
-        wrong = look.wrong(tensors, written["sha256"], written["bytes"])
-        found.damage += [Finding(tensors, what, meta) for what in wrong]
+        return {meta}
+    look.tensors[query_id], tensors = written["sha256"], f"{folder}/{written['name']}"
+    found.damage += [Finding(tensors, what, meta) for what in look.wrong(tensors, written["sha256"], written["bytes"])]
     return {meta, tensors}
 
 
 def _check_seal(run: Run, stored: dict[str, Stored], found: Audit) -> None:
     try:
         found.sealed = run.is_sealed()
-    except (ArtifactError, KeyError, TypeError) as error:
+    except ArtifactError as error:
         found.damage.append(Finding("_SUCCESS", f"cannot be read: {error}", "_SUCCESS"))
         return
     commits = sum(path.startswith("commits/") and path.endswith(".json") for path in stored)  # as of the same moment
@@ -250,10 +294,11 @@ def _check_seal(run: Run, stored: dict[str, Stored], found: Audit) -> None:
 def _add(found: Audit, run: Run, receipt: Receipt) -> None:
     found.rejects += receipt.rejects
     found.rows += receipt.rows
-    found.quarantined += receipt.quarantined is not None
+    if receipt.quarantined is not None:
+        found.given_up.append(receipt)
 
 
-def _chunks(keys: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+def _some_at_once(keys: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     todo = iter(keys)
     while some := list(islice(todo, READ_AT_ONCE)):
         yield some

@@ -47,8 +47,8 @@ def rank(run: Run) -> pa.Table:
         say(f"rank.k is {section.k:,} but {scored:,} examples were scored: all of them are listed")
     payload = payload_names(run.spec.corpus, run.columns)
     ranked = _with_payload(run, topk.with_rank(merging.top()), payload)
-    run.write_table(ranked, "topk", "ranked.parquet")
-    run.write_table(merging.sources, "topk", "sources.parquet")
+    tables = {"ranked.parquet": ranked, "sources.parquet": merging.sources}
+    written = {name: run.write_table(table, "topk", name)["sha256"] for name, table in tables.items()}
     meta = {
         "k": section.k,
         "transform": topk.transform_name(section.transform, section.eps),
@@ -56,6 +56,7 @@ def rank(run: Run) -> pa.Table:
         "examples": scored,
         "rejects": rejects,
         "fingerprint": run.resolved.fingerprint,
+        "tables": written,
     }
     run.write_json(meta, "topk", "meta.json")
     return ranked
@@ -105,8 +106,7 @@ class _Merging:
             self.sources = topk.merge_sources([self.sources, *sums])
 
     def _partial(self, receipt: Receipt, kind: str) -> pa.Table:
-        folder = f"partials/{kind}/"
-        return self._run.read_shard(receipt, next((path for path in receipt.files if path.startswith(folder)), folder))
+        return self._run.read_shard(receipt, f"partials/{kind}/{receipt.partial}")
 
     def _from_scores(self, receipt: Receipt, query_id: str) -> pa.Table:
         """Feed a score file to its query's running top-k, reading no more than decides; its source sums, if there are sources."""

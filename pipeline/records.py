@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from typing_extensions import TypedDict  # that of typing knows too little for pydantic before Python 3.12
 
 Transform = Literal["signed", "absolute", "relative"]
 Side = Literal["proponent", "opponent"]
@@ -212,9 +214,16 @@ class Rows:
     rejects: tuple[Reject, ...] = ()
 
 
+class Written(TypedDict):
+    """An object that a commit names: its size in bytes and its digest."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Receipt:
-    """What a commit says of its shard; small enough that the driver keeps all of them.
+    """What a commit says of its shard.
 
     Args:
         addition: 0, or the addition of the run that added the shard or the queries.
@@ -228,6 +237,7 @@ class Receipt:
         compute_s: Seconds in the loss engine.
         k: Depth of the partial top-k.
         transform: Transform of the partial top-k and sums, with its eps: `relative:0.001`.
+        counterparts: Digest of the counterparts that it was scored under; empty for a shard that was given up.
         quarantined: Why the whole shard was given up, so that all its rows are in rejects/; else null.
     """
 
@@ -236,12 +246,13 @@ class Receipt:
     fingerprint: str
     rows: int
     rejects: int
-    files: dict[str, dict[str, Any]]
+    files: dict[str, Written]
     started_at_s: float
     finished_at_s: float
     compute_s: float
     k: int
     transform: str
+    counterparts: str = ""
     quarantined: str | None = None
 
     @property
@@ -249,9 +260,28 @@ class Receipt:
         """File stem of everything that the commit names."""
         return work_name(self.addition, self.shard_id)
 
+    @property
+    def partial(self) -> str:
+        """Name of its partials: it says what is in them, so that two that rank differently never write over each other's."""
+        return partial_name(self.name, self.k, self.transform)
+
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
+
+
+@cache
+def _receipts() -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    Receipt.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return TypeAdapter(Receipt)
+
+
+def parse_receipt(tree: Any) -> Receipt:
+    """A commit's JSON as a receipt. Raises ValueError if a field is missing, unknown or of another type."""
+    receipt: Receipt = _receipts().validate_python(tree)
+    return receipt
 
 
 class Manifest(Sequence[Shard]):
@@ -340,6 +370,11 @@ class Work:
     def name(self) -> str:
         """File stem of everything it writes."""
         return work_name(self.addition, self.shard.shard_id)
+
+
+def partial_name(name: str, k: int, transform: str) -> str:
+    """File name of a shard's partials of one depth and transform."""
+    return f"{name}-{k}-{transform}.parquet"
 
 
 def work_name(addition: int, shard_id: int) -> str:

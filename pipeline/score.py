@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from . import storage
-from .artifacts import Run, parallel
+from .artifacts import Run, counterparts_digest
 from .attempts import Attempt, Worker, start_attempts
 from .cluster import Watchdog, errors_of, require, room
 from .errors import PipelineError, QuarantineError, UnavailableError
 from .frozen import open_run
 from .observe import Progress, duration, every, say, unsent
-from .records import Receipt, Work
+from .records import Receipt, Work, work_name
 from .scorer import ShardScorer
 
 SHARDS_AHEAD = 2
@@ -36,7 +35,8 @@ BLOCKS_PER_WAVE, BLOCKS_PER_ACTOR = 4096, 32
 """What Ray Data schedules is a block, of one shard where that makes no more blocks than this, else of several: a block costs
 the driver 3 ms and 2-5 KB. An actor's death repeats its blocks, the last ones leave actors idle: hence 32 per actor."""
 LOOK_S = 2.0
-STALL_FACTOR, SHORTEST_STALL_S = 10.0, 600.0
+STALL_FACTOR, SHORTEST_STALL_S = 10.0, 1800.0
+"""Longer than a shard waits for a store that is away, with all repetitions."""
 _Key = tuple[int, int]
 
 
@@ -78,23 +78,28 @@ def _keys(run: Run) -> Iterator[_Key]:
 
 
 def _tally(run: Run) -> _Tally:
-    """What is committed. Shards that were given up are tried again, unless the spec tolerates them."""
+    """What is committed. A shard that was scored under a counterpart which was made anew with other bytes is scored anew."""
     tally = _Tally()
-    given_up: list[Receipt] = []
+    tensors = {
+        query_id: run.counterpart_meta(query_id)["tensors"]["sha256"] for query_id in sorted(run.committed_queries())
+    }
+    stale: list[str] = []
     for receipt in run.receipts():
+        query_ids = run.work(receipt.addition, receipt.shard_id).query_ids
+        there = counterparts_digest([tensors[query_id] for query_id in query_ids if query_id in tensors])
+        if receipt.quarantined is None and receipt.counterparts != there:
+            stale.append(f"commits/{receipt.name}.json")
+            continue
         tally.done.add((receipt.addition, receipt.shard_id))
         if receipt.quarantined is None:
             tally.rejects += receipt.rejects
         else:
-            given_up.append(receipt)
-    if run.is_tolerable(tally.rejects + sum(receipt.rejects for receipt in given_up)):
-        tally.quarantined = {each.name: (each.rejects, each.quarantined or "") for each in given_up}
-        return tally
-    run.void([f"commits/{receipt.name}.json" for receipt in given_up])
-    for receipt in given_up:
-        say(f"{receipt.name} was given up before ({receipt.quarantined}); it is tried again")
-        parallel(lambda path: storage.remove(run.uri(path)), list(receipt.files))  # its rows are no rejects any more
-        tally.done.remove((receipt.addition, receipt.shard_id))
+            tally.quarantined[receipt.name] = (receipt.rejects, receipt.quarantined)
+    if stale:
+        say(
+            f"warning: {len(stale):,} shards were scored under other counterparts than those that are there: scored anew"
+        )
+        run.void(stale)
     return tally
 
 
@@ -190,23 +195,29 @@ class ScoreShard:
         import torch
 
         self._worker = Worker(attempts)  # first of all: what it was on before is over, however long loading takes
-        self._run = open_run(run_uri)
-        resources = self._run.spec.resources.score
-        torch.set_num_threads(max(1, int(resources.cpus)))
-        self._max_failures = resources.max_failures
-        self._scorer = ShardScorer(self._run, "cuda" if resources.gpus else "cpu", query_ids)
+        self._error: PipelineError | None = None
+        try:
+            self._run = open_run(run_uri)
+            resources = self._run.spec.resources.score
+            torch.set_num_threads(max(1, int(resources.cpus)))
+            self._max_failures = resources.max_failures
+            self._scorer = ShardScorer(self._run, "cuda" if resources.gpus else "cpu", query_ids)
+        except PipelineError as error:  # raised here, Ray would bring home that an actor died
+            self._error = error
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score a batch of shards; one small row each."""
         keys = zip(batch["addition"].tolist(), batch["shard_id"].tolist(), strict=True)
-        rows = [self._row(self._run.work(addition, shard_id)) for addition, shard_id in keys]
+        rows = [self._row(addition, shard_id) for addition, shard_id in keys]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def _row(self, work: Work) -> dict[str, Any]:
-        started_s = time.monotonic()
-        row: dict[str, Any] = {"name": work.name, "rows": 0, "rejects": 0, "quarantined": "", "error": b""}
+    def _row(self, addition: int, shard_id: int) -> dict[str, Any]:
+        started_s, name = time.monotonic(), work_name(addition, shard_id)
+        row: dict[str, Any] = {"name": name, "rows": 0, "rejects": 0, "quarantined": "", "error": b""}
         try:
-            receipt = self._attempt(work)
+            if self._error is not None:
+                raise self._error
+            receipt = self._attempt(self._run.work(addition, shard_id))
             row |= {"rows": receipt.rows, "rejects": receipt.rejects, "quarantined": receipt.quarantined or ""}
         except PipelineError as error:  # of an error that is raised Ray Data brings only the text home
             row["error"] = pickle.dumps(error)
@@ -243,6 +254,7 @@ class _Stalls:
     def __init__(self, after_s: float | None, attempts: Any) -> None:
         self._after_s, self._attempts = after_s, attempts
         self._slowest_s = 0.0
+        self._ended: set[str] = set()
 
     def took(self, seconds: float) -> None:
         """A shard was done in so many seconds."""
@@ -272,9 +284,11 @@ class _Stalls:
             limit_s = max(SHORTEST_STALL_S, STALL_FACTOR * self._slowest_s)
         if limit_s is None or not ray.is_initialized():
             return
-        for attempt in self._told(self._attempts.take_stalled.remote(limit_s)):
-            say(f"warning: {_described(attempt)}; its worker is ended and the shard tried again")
-            ray.kill(attempt.actor, no_restart=False)
+        for attempt in self._told(self._attempts.running.remote()):  # longest first
+            if time.time() - attempt.since_s > limit_s and attempt.worker not in self._ended:
+                self._ended.add(attempt.worker)  # a process; the actor's next one is another
+                say(f"warning: {_described(attempt)}; its worker is ended and the shard tried again")
+                ray.kill(attempt.actor, no_restart=False)
 
 
 def _described(attempt: Attempt) -> str:

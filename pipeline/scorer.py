@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from . import storage, topk
-from .artifacts import Run, parallel, partition
+from .artifacts import Run, counterparts_digest, parallel, partition
 from .corpus import Corpus, Examples
 from .errors import ArtifactError, InputError
 from .extensions import load_model, load_task
 from .importing import user_code
-from .records import REJECTS, SCORES, Receipt, Reject, Shard, Work
+from .records import REJECTS, SCORES, Receipt, Reject, Shard, Work, Written, partial_name
 
 if TYPE_CHECKING:
     from .engine import Losses
@@ -48,7 +48,9 @@ class ShardScorer:
             )
         self._run = run
         self._corpus = Corpus(run.spec.corpus)
-        self._directions = {query_id: run.counterpart_meta(query_id)["direction"] for query_id in self._query_ids}
+        metas = {query_id: run.counterpart_meta(query_id) for query_id in self._query_ids}
+        self._directions = {query_id: meta["direction"] for query_id, meta in metas.items()}
+        self._tensors = {query_id: meta["tensors"]["sha256"] for query_id, meta in metas.items()}
         tensors = [safetensors.torch.load(run.counterpart_tensors(query_id)) for query_id in self._query_ids]
         model = load_model(run.spec.model, device, run.spec.seed)
         try:
@@ -96,11 +98,7 @@ class ShardScorer:
         rejects = [Reject(row, "shard", reason, "a shard that can be scored") for row in rows]
         path = f"rejects/{work.name}.parquet"
         files = {path: self._run.write_table(_rejects_table(shard, rejects), path)}
-        receipt = self._commit(work, started_at_s, 0.0, 0, shard.rows, files, quarantined=reason)
-        if receipt.quarantined is not None:  # what attempts wrote before they died would count its rows twice
-            paths = [f"scores/{partition(query_id)}/{work.name}.parquet" for query_id in work.query_ids]
-            parallel(lambda path: storage.remove(self._run.uri(path)), paths)
-        return receipt
+        return self._commit(work, started_at_s, 0.0, 0, shard.rows, files, quarantined=reason)
 
     def _commit(
         self,
@@ -109,7 +107,7 @@ class ShardScorer:
         compute_s: float,
         rows: int,
         rejects: int,
-        files: dict[str, dict[str, Any]],
+        files: dict[str, Written],
         quarantined: str | None = None,
     ) -> Receipt:
         rank = self._run.spec.rank
@@ -125,9 +123,16 @@ class ShardScorer:
             compute_s=compute_s,
             k=rank.k,
             transform=topk.transform_name(rank.transform, rank.eps),
+            counterparts="" if quarantined else counterparts_digest([self._tensors[q] for q in work.query_ids]),
             quarantined=quarantined,
         )
-        return self._run.commit(receipt)
+        standing = self._run.commit(receipt)
+        if (
+            standing.quarantined is not None
+        ):  # scores that an attempt left, this one or one that died, count its rows twice
+            paths = [f"scores/{partition(query_id)}/{work.name}.parquet" for query_id in work.query_ids]
+            parallel(lambda path: storage.remove(self._run.uri(path)), paths)
+        return standing
 
     def _losses(self, work: Work, examples: Examples) -> Losses:
         task, shard = self._run.spec.task.implementation, work.shard
@@ -135,13 +140,10 @@ class ShardScorer:
         with user_code(f"task {task} on {shard.path} from row {shard.row_start}"):
             return self._engine.losses(examples.arrays, self._run.spec.score.batch_rows, positions)
 
-    def _write(self, work: Work, examples: Examples, losses: Losses) -> dict[str, dict[str, Any]]:
-        """Write everything of a shard but its commit; relative path -> size and digest.
-
-        The names of partials say what is in them: two drivers that rank differently never write over each other's.
-        """
+    def _write(self, work: Work, examples: Examples, losses: Losses) -> dict[str, Written]:
+        """Write everything of a shard but its commit; relative path -> size and digest."""
         rank, name = self._run.spec.rank, f"{work.name}.parquet"
-        partial = f"{work.name}-{rank.k}-{topk.transform_name(rank.transform, rank.eps)}.parquet"
+        partial = partial_name(work.name, rank.k, topk.transform_name(rank.transform, rank.eps))
         tables: dict[str, pa.Table] = {}
         tops, sums = [], []
         for q, query_id in enumerate(work.query_ids):

@@ -107,7 +107,7 @@ class ScoreResources(Section):
     """Times that a shard is tried again after its actor died or stalled on it; then it is given up, and the others go on."""
     stalled_after_s: _Positive | None = None
     """Seconds on one shard after which its actor is ended and the shard tried again. Null: 10 times the slowest shard of this
-    start, at least 600; before one has finished, never."""
+    start, at least 1800; before one has finished, never."""
 
 
 class ResourcesSection(Section):

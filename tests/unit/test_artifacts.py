@@ -241,7 +241,11 @@ def test_a_counterpart_reads_back_as_committed(run):
         "details": {"noise_tries": 2},
         "query_id": "copy-of-3",
         "fingerprint": run.resolved.fingerprint,
-        "tensors": {"bytes": 7, "sha256": bytes_digest(b"tensors")},
+        "tensors": {
+            "name": f"changed-{bytes_digest(b'tensors')[:16]}.safetensors",
+            "bytes": 7,
+            "sha256": bytes_digest(b"tensors"),
+        },
     }
     assert expected == run.counterpart_meta("copy-of-3")
     assert {"copy-of-3"} == run.committed_queries()
@@ -265,14 +269,21 @@ def test_a_counterpart_of_another_run_is_refused(run, make_spec):
 
 
 def test_changed_tensors_of_a_counterpart_are_noticed(run):
-    """The digest in meta.json does not fit: the hint says what to delete."""
+    """The digest in meta.json does not fit: the hint says what to do."""
     run.commit_counterpart("copy-of-3", b"tensors", {"direction": 1})
-    Path(run.uri("counterparts", "query_id=copy-of-3", "changed.safetensors")).write_bytes(b"tensorz")
+    Path(run.uri(run.tensors_path("copy-of-3"))).write_bytes(b"tensorz")
     with pytest.raises(
         ArtifactError, match=r"counterpart of query 'copy-of-3' is damaged: got sha256 \w+, exp"
     ) as caught:
         run.counterpart_tensors("copy-of-3")
-    assert run.uri("counterparts", "query_id=copy-of-3") in caught.value.hint
+    assert f"verify --mend {run.uri()}" in caught.value.hint
+
+
+def test_the_first_counterpart_of_a_query_stands(run):
+    """Whoever comes second, with other bytes, changes nothing: shards may be scored under the first already."""
+    run.commit_counterpart("copy-of-3", b"first", {"direction": 1})
+    run.commit_counterpart("copy-of-3", b"second", {"direction": -1})
+    assert (b"first", 1) == (run.counterpart_tensors("copy-of-3"), run.counterpart_meta("copy-of-3")["direction"])
 
 
 @pytest.mark.parametrize("data", [b'{"direction":', b"", b"\xff", b"[]", b"null", b"{}"], ids=repr)
