@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from contextlib import suppress
@@ -29,12 +30,21 @@ def write_local(_: Any, path: str, data: bytes, only_new: bool) -> None:
             os.unlink(temporary)
 
 
-def files_below(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-    """Path -> info of every file under a folder. Raises OSError: a local folder that cannot be listed is no empty one."""
+def files_below(fs: Any, path: str, levels: float = math.inf) -> dict[str, dict[str, Any]]:
+    """Path -> info of every file under a folder. Raises OSError: a local folder that cannot be listed is no empty one.
+
+    Args:
+        fs: fsspec file system.
+        path: The folder.
+        levels: 1 for what lies directly in it; a local disk need not look deeper, a flat listing of a store costs no more.
+    """
     if not isinstance(fs, LocalFileSystem):
         return dict(fs.find(path, detail=True))
     found = {}
-    for folder, _, names in os.walk(path, onerror=_unless_gone):
+    depth = path.rstrip("/").count("/") + levels
+    for folder, folders, names in os.walk(path, onerror=_unless_gone, followlinks=True):
+        if folder.count("/") + 1 >= depth:
+            folders.clear()
         for name in names:
             with suppress(FileNotFoundError):  # a temporary file, renamed by now
                 state = os.stat(os.path.join(folder, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from fsspec.utils import glob_translate
 
 from .. import storage
 from ..errors import InputError
+from ..local_disk import files_below
 from ..records import Measured, Rows, Shard, SourceFile
 
 
@@ -78,12 +80,11 @@ def _found(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     """Path -> info of all that a folder, glob or file name stands for. Raises FileNotFoundError if that is nothing."""
     if not _has_wildcard(path):
         info = fs.info(path)  # not isfile: it takes a store that does not answer for a no
-        found = {path: info} if info["type"] == "file" else fs.find(path, detail=True)
-    elif isinstance(fs, LocalFileSystem):
-        found = fs.glob(path, detail=True)
-    else:  # fsspec's glob leaves out folders whose listing fails; one flat listing fails or is whole
-        matches = re.compile(glob_translate(path)).match
-        found = {name: info for name, info in fs.find(_above_wildcards(path), detail=True).items() if matches(name)}
+        found = {path: info} if info["type"] == "file" else files_below(fs, path)
+    else:  # fsspec's glob leaves out folders whose listing fails; a listing of ours fails or is whole
+        matches, above = re.compile(glob_translate(path)).match, _above_wildcards(path)
+        levels = math.inf if "**" in path else path.removeprefix(above).strip("/").count("/") + 1
+        found = {name: info for name, info in files_below(fs, above, levels).items() if matches(name)}
     if not found:
         raise FileNotFoundError(path)
     return found
