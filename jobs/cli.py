@@ -142,7 +142,11 @@ def gc(
     run_uri: RunArgument,
     older_than: Annotated[
         float,
-        typer.Option(min=0, metavar="HOURS", help="Only objects older than this: younger ones may be in the making."),
+        typer.Option(
+            min=0,
+            metavar="HOURS",
+            help="Only what is older, as in 24 or 0.5: younger objects may be in the making.",
+        ),
     ] = 24.0,
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
 ) -> None:
@@ -219,6 +223,7 @@ def guarded(action: typer.Typer) -> int:
     """Run a command line; the exit code says what kind of error it was (pipeline/errors.py)."""
     sys.path.insert(0, os.getcwd())  # your own tasks, producers and factories are named relative to where you stand
     from pipeline.errors import PipelineError
+    from pipeline.observe import without_credentials
 
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -227,7 +232,7 @@ def guarded(action: typer.Typer) -> int:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     except _Stopped as stopped:
-        words = shlex.join(sys.orig_argv)
+        words = without_credentials(shlex.join(sys.orig_argv))
         sys.stderr.write(f"stopped; what is committed stays, and the same command goes on from there:\n  {words}\n")
         return 128 + int(stopped.args[0])
     except Exception:  # noqa: BLE001  the last line of defence: a bug of ours, shown whole

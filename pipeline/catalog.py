@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import PipelineError, SpecError, StorageError, UnavailableError
+from .observe import has_credentials, without_credentials
 from .storage_errors import as_ours
 
 if TYPE_CHECKING:
@@ -44,7 +44,12 @@ def opened(catalog: str, warehouse: str | None, default_warehouse: str) -> Itera
         UnavailableError: It does not answer.
         StorageError: It refuses.
     """
-    shown = re.sub(r"//[^/@]*@", "//", catalog)
+    shown = without_credentials(catalog)
+    if has_credentials(f"{catalog} {warehouse}"):
+        raise SpecError(
+            f"{shown}: a URI with a password, which would stand in logs",
+            "put it into the environment, PYICEBERG_CATALOG__DEFAULT__URI, and give --catalog default",
+        )
     try:
         import pyiceberg.catalog as library
         from pyiceberg.utils.config import Config
@@ -59,7 +64,7 @@ def opened(catalog: str, warehouse: str | None, default_warehouse: str) -> Itera
         elif "uri" not in given and "type" not in given:
             raise SpecError(
                 f"no catalog is configured under the name {catalog!r}; known are {config.get_known_catalogs()}",
-                "give a URI (sqlite:///catalog.db, https://...), or describe it in ~/.pyiceberg.yaml",
+                "give a URI (a file is sqlite:///catalog.db, a server https://...), or describe it in ~/.pyiceberg.yaml",
             )
         properties = {**_from_environment(), **given, **({"warehouse": warehouse} if warehouse else {})}
         uri = str(properties.get("uri", ""))

@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from .observe import has_credentials
+
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
     """Say that a word is not known, with the nearest one that is."""
@@ -24,7 +26,7 @@ def unknown_word(word: str, known: Iterable[str]) -> str:
 
 def without_password(uri: str) -> str:
     """Refuse a URI that carries a secret: it would stand in run.yaml, in messages and in logs."""
-    if re.match(r"[^/]+://[^/@]*:[^/@]*@", uri):
+    if has_credentials(uri):
         raise ValueError("a URI with a password; credentials belong in the environment")
     return uri
 

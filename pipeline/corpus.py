@@ -88,7 +88,9 @@ class Corpus:
     def _measure(self, file: SourceFile) -> Measured:
         return storage.retried(file.path, lambda: self._format.measure(file))
 
-    def measure(self, files: Sequence[SourceFile], columns: Sequence[Column]) -> list[Measured]:
+    def measure(
+        self, files: Sequence[SourceFile], columns: Sequence[Column], may_be_empty: bool = False
+    ) -> list[Measured]:
         """Open every file once for its rows and columns, and check that it has what the run reads.
 
         Raises:
@@ -104,7 +106,7 @@ class Corpus:
             if one.rows and one.columns != checked:  # files of a corpus mostly are alike: one check serves all
                 self._check_columns(one, columns)
                 checked = one.columns
-        if not sum(one.rows for one in measured):
+        if not may_be_empty and not sum(one.rows for one in measured):
             raise InputError(f"corpus {self.section.uri} has no rows in {len(files)} file(s)")
         return measured
 

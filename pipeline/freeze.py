@@ -43,10 +43,12 @@ def freeze(spec: Spec) -> Run:
         SpecError, InputError, ContractError: The spec or its inputs are wrong; nothing was written.
         ArtifactError: The folder holds a run of another spec, or inputs changed since it was made.
     """
+    replaced = is_run(storage.absolute(spec.run.uri))
     run, resumed = _open_or_survey(spec)
     if not resumed:
         Corpus(run.spec.corpus).check_ids(run.shards)
-        created = create_run(run)
+        faster = _is_begun(run.uri()) if replaced else is_run(run.uri())
+        created = None if faster else create_run(run)
         if created is None:  # another driver was faster: the run is what it froze
             return _reopen(spec)
         run = created
@@ -63,15 +65,25 @@ def survey(spec: Spec) -> tuple[Run, Plan]:
 
 
 def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
-    """The run of a spec, and whether it was there before."""
-    resumed = _is_begun(storage.absolute(spec.run.uri))
-    run = _reopen(spec) if resumed else _survey(spec)
+    """The run of a spec, and whether it was there before.
+
+    A run that has committed nothing yet makes way for another spec, so that a mended one can have its folder.
+    """
+    run = None
+    if is_run(run_uri := storage.absolute(spec.run.uri)):
+        try:
+            run = _reopen(spec)
+        except ArtifactError:
+            if _is_begun(run_uri):
+                raise
+    resumed = run is not None
+    run = run or _survey(spec)
     require_free_names(payload_names(run.spec.corpus, run.columns), RANKED.names)
     return run, resumed
 
 
 def _is_begun(run_uri: str) -> bool:
-    """Whether a run there has committed anything; one that has not is frozen again, so a mended spec can have its folder."""
+    """Whether a run there has committed anything."""
     return is_run(run_uri) and any(storage.objects(f"{run_uri}/{folder}") for folder in ("counterparts", "commits"))
 
 
@@ -165,7 +177,8 @@ def _require_same_inputs(spec: Spec, digests: dict[str, str]) -> None:
 def _reopen(spec: Spec) -> Run:
     """The run in the folder, if the spec and its inputs are those it was made with; else ArtifactError."""
     run = open_run(spec.run.uri)
-    _require_same_files(run)
+    if new := _require_same_files(run):
+        say(f"warning: {new} is new in the corpus and no part of {run.uri()}: `mirrorscope extend` adds what is new")
     classes = spec.corpus.classes or run.spec.corpus.classes  # the files are the same: so are the classes found in them
     corpus = Corpus(spec.corpus.model_copy(update={"classes": classes}))
     rows_each = spec.score.shard_rows or run.spec.score.shard_rows
@@ -190,17 +203,15 @@ def _reopen(spec: Spec) -> Run:
     return run_now
 
 
-def _require_same_files(run: Run, strangers_too: bool = True) -> None:
+def _require_same_files(run: Run) -> str | None:
+    """See that the files of a run are what they were; one that is new, if there is any. Raises ArtifactError."""
     corpora = [Corpus(run.spec.corpus.model_copy(update={"uri": uri})) for uri in _corpus_uris(run)]
     corpus = corpora[0]
     files = {file.path: file for one in corpora for file in one.list_files()}
     frozen = {shard.path: (shard.size_bytes, shard.version) for shard in run.shards}
     now = {path: (file.size_bytes, file.version) for path, file in files.items()}
     strangers = [file for path, file in files.items() if path not in frozen]  # new, or without rows then as now
-    changes = []
-    if strangers_too:
-        changes = [f"{file.path}: not in the corpus when it was frozen" for file in strangers if corpus.rows(file)]
-    changes += [f"{path}: gone" for path in frozen if path not in now]
+    changes = [f"{path}: gone" for path in frozen if path not in now]
     changes += [
         f"{path}: {now[path][0]:,} bytes of version {now[path][1]}, frozen with {frozen[path][0]:,} of {frozen[path][1]}"
         for path in frozen
@@ -210,8 +221,9 @@ def _require_same_files(run: Run, strangers_too: bool = True) -> None:
         shown = "\n".join(f"  {change}" for change in changes[:MAX_CHANGES_SHOWN])
         raise ArtifactError(
             f"the corpus changed since {run.uri()} was frozen:\n{shown}",
-            "put the files back, or start a new run in another folder; `mirrorscope extend` adds files that are new",
+            "put the files back, or start a new run in another folder",
         )
+    return next((file.path for file in strangers if corpus.rows(file)), None)
 
 
 def _corpus_uris(run: Run) -> list[str]:
@@ -237,7 +249,7 @@ def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run
         say(f"{run.uri()} has all of that already")
         return run
     if not run.is_sealed():  # or it was, and a call of this that added nothing took the seal away
-        run.seal()
+        _require_finished(run)
     corpus = Corpus(run.spec.corpus)
     both = pa.concat_tables([run.shards.table.replace_schema_metadata(None), shards.table])
     if len(shards):
@@ -260,6 +272,15 @@ def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run
     return open_run(run_uri)
 
 
+def _require_finished(run: Run) -> None:
+    """See that all of a run is scored. Raises ArtifactError, InputError."""
+    try:
+        rejects = sum(receipt.rejects for receipt in run.complete_receipts())
+    except ArtifactError as error:
+        raise ArtifactError(error.message, f"only a finished run grows: `mirrorscope status {run.uri()}`") from error
+    run.require_few_rejects(rejects)
+
+
 def _new_queries(run: Run, uri: str) -> tuple[pa.Table | None, str | None]:
     """Rows of queries to add and the digest of their files; nothing for what was added before."""
     section = run.spec.queries.model_copy(update={"uri": uri, "format": "auto"})
@@ -277,14 +298,14 @@ def _new_queries(run: Run, uri: str) -> tuple[pa.Table | None, str | None]:
 
 def _new_shards(run: Run, uri: str) -> Manifest:
     """Shards of the files that the run does not have yet."""
-    _require_same_files(run, strangers_too=False)
+    _require_same_files(run)
     corpus = Corpus(run.spec.corpus.model_copy(update={"uri": uri}))
     known = set(pc.unique(run.shards.table["path"]).to_pylist())
     files = [file for file in corpus.list_files() if file.path not in known]
     assert run.spec.score.shard_rows is not None
     if not files:
         return Manifest.of([])
-    measured = [one for one in corpus.measure(files, run.columns) if one.rows]
+    measured = [one for one in corpus.measure(files, run.columns, may_be_empty=True) if one.rows]
     return Manifest.of(make_shards(measured, run.spec.score.shard_rows, first=len(run.shards)))
 
 

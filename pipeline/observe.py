@@ -5,6 +5,7 @@ On a terminal one live bar per stage; elsewhere (a job's log, a pipe) plain line
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ PLAIN_EVERY_S = 5.0
 SELDOM_S = 10.0
 MAX_UNSENT = 100
 
+_CREDENTIALS = re.compile(r"([\w+.-]+://)[^/@\s]*:(?!\d+(?:/|$))[^@\s]*@")  # what follows the colon may be a port
 _seldom = threading.Lock()
 _last_said: dict[str, tuple[float, int]] = {}
 _unsent: deque[str] = deque(maxlen=MAX_UNSENT)
@@ -26,6 +28,16 @@ def say(text: str) -> None:
     _unsent.append(text)
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def has_credentials(text: str) -> bool:
+    """Whether a text has a URI with a password in it."""
+    return bool(_CREDENTIALS.search(text))
+
+
+def without_credentials(text: str) -> str:
+    """A text without the passwords of its URIs."""
+    return _CREDENTIALS.sub(r"\1...@", text)
 
 
 def say_seldom(key: str, text: str) -> None:
@@ -125,9 +137,15 @@ def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
     """Run an action over and over in a thread, as long as the block lasts; the last time at its end."""
     stopped = threading.Event()
 
+    def guarded() -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001  whoever looks on must not end what it looks at
+            say_seldom(f"every {action!r}", f"warning: {error}")
+
     def loop() -> None:
         while not stopped.wait(seconds):
-            action()
+            guarded()
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
@@ -136,4 +154,4 @@ def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join()
-    action()
+    guarded()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import re
 import threading
 import time
 import uuid
@@ -27,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from .errors import InputError, StorageError, UnavailableError
 from .local_disk import files_below, write_local
-from .observe import say_seldom
+from .observe import has_credentials, say_seldom
 from .storage_errors import is_taken, mapped
 
 CHUNK_BYTES = 1 << 22
@@ -39,7 +38,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 20.0
 """A store that is silent for so long is asked again."""
 _S3 = ("s3", "s3a")
-_CREDENTIALS = re.compile(r"[\w+.-]+://[^/@]*:(?!\d+/)[^@]*@")  # not a port
+_TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
+"""What fsspec's file systems call the time of the last change."""
 _Result = TypeVar("_Result")
 
 _LOCAL = pafs.LocalFileSystem()
@@ -68,7 +68,7 @@ def locate(uri: str) -> tuple[Any, str]:
         StorageError: No file system is known for the URI's scheme, or it cannot be set up; or the URI carries credentials,
             which would end in the run's folder and in logs.
     """
-    if _CREDENTIALS.match(uri):
+    if has_credentials(uri):
         raise StorageError(
             f"{_scheme(uri)}://...@{uri.rsplit('@', 1)[1]}: a URI with credentials in it",
             "put them into the environment",
@@ -280,7 +280,7 @@ def objects(uri: str) -> dict[str, Stored]:
 
 
 def _modified_s(info: dict[str, Any]) -> float:
-    value = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0
+    value = next((info[name] for name in _TIMES if info.get(name)), time.time())  # unknown: young, so that gc spares it
     return value.timestamp() if isinstance(value, datetime) else float(value)
 
 
@@ -295,17 +295,13 @@ def remove_folder(uri: str) -> None:
     """Delete a folder and everything in it, if it is there. Raises StorageError."""
     fs, path = locate(uri)
 
-    def action() -> None:
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
-
     with suppress(InputError):
-        retried(uri, action)
+        retried(uri, lambda: fs.rm(path, recursive=True))
 
 
 def version(info: dict[str, Any]) -> str:
     """What fsspec's `info` says of an object's state: its ETag, or its modification time."""
-    return str(info.get("ETag") or info.get("LastModified") or info.get("mtime") or "")
+    return str(next((info[name] for name in ("ETag", "etag", *_TIMES) if info.get(name)), ""))
 
 
 def stat(uri: str) -> tuple[int, str]:

@@ -19,7 +19,7 @@ def test_a_shard_is_counted_until_it_ends():
     """An attempt that ends is forgotten; one that does not is a death, and the next attempt says so."""
     attempts = Attempts()
     assert 1 == begin(attempts, "a", "one")
-    attempts.end("a", "one")
+    attempts.end("a", "worker a", "one")
     assert 1 == begin(attempts, "a", "one")
     attempts.hello("a")  # it died and was started again
     assert [] == attempts.running()
@@ -42,26 +42,21 @@ def test_what_is_worked_on_is_told_longest_first():
     for actor, name in (("a", "one"), ("b", "two"), ("a", "three")):
         begin(attempts, actor, name)
         time.sleep(0.002)
-    attempts.end("b", "two")
+    attempts.end("b", "worker b", "two")
     told = attempts.running()
     assert [("one", "worker a", 1), ("three", "worker a", 1)] == [
         (each.name, each.worker, each.number) for each in told
     ]
 
 
-def test_a_stalled_actor_is_handed_out_once():
-    """Its longest shard, and nothing more of it until it begins anew; actors within the limit are let be."""
+def test_news_of_a_process_that_is_over_counts_for_nothing():
+    """An actor that has started again is at work on the shard: what its last process still sends does not end that."""
     attempts = Attempts()
-    for actor, name in (("a", "one"), ("a", "two"), ("b", "three")):
-        begin(attempts, actor, name)
-        time.sleep(0.02)
-    attempts.end("b", "three")
-    begin(attempts, "b", "four")
-    stalled = attempts.take_stalled(after_s=0.015)
-    assert [("one", "handle of a")] == [(each.name, each.actor) for each in stalled]
-    assert [] == attempts.take_stalled(after_s=0.015)
-    assert ["four"] == [each.name for each in attempts.running()]
-    assert [2, 2] == [begin(attempts, "a", name, alone=True) for name in ("one", "two")]
+    begin(attempts, "a", "one")
+    attempts.hello("a")
+    attempts.begin("a", "handle of a", "next worker of a", "one", alone=True)
+    attempts.end("a", "worker a", "one")
+    assert [("one", 2)] == [(each.name, each.number) for each in attempts.running()]
 
 
 class Walker(threading.Thread):
