@@ -1,7 +1,7 @@
 """Stage 1: one counterpart per query, by one Ray Train run for all of them.
 
 Reads: run.yaml, queries.parquet, the base model's weights.
-Writes: counterparts/query_id=Q/changed.safetensors (only tensors that changed), then meta.json, which commits it.
+Writes: counterparts/query_id=Q/changed-DIGEST.safetensors (only tensors that changed), then meta.json, which commits it.
 Resumes: a committed query is skipped; a restarted worker group goes on with those that are left.
 Next: score.
 """
