@@ -6,35 +6,30 @@ and then the same names are written again with the same bytes.
 
 from __future__ import annotations
 
-import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from . import storage
 from .errors import ArtifactError, ForeignError, InputError
-from .records import PARQUET_OPTIONS, Addition, Column, Manifest, Receipt, Work, Written, parse_receipt, work_name
-from .spec import Resolved, Spec
+from .folder import Folder, json_bytes, parallel, partition
+from .records import Column
+from .spec import Resolved
+from .works import Addition, Manifest, Receipt, Work, parse_receipt, work_name
 
-READING_THREADS = 16
 READ_AT_ONCE = 256
 """Commits read ahead of whoever goes through them: memory is this many, whatever the number of shards."""
 COMMIT_NAME = re.compile(r"shard-(\d+)(?:-addition-(\d+))?\.json")
 MAX_REJECTS_SHOWN = 3
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Folder):
     """An opened run: what was frozen, and the way to everything in its folder.
 
     Args:
@@ -45,7 +40,6 @@ class Run:
         additions: What the run was given: at first (number 0), and each time that it grew.
     """
 
-    spec: Spec
     shards: Manifest
     columns: tuple[Column, ...]
     queries: pa.Table
@@ -66,10 +60,6 @@ class Run:
     def rows(self) -> int:
         """Rows of the corpus."""
         return self.shards.rows
-
-    def uri(self, *parts: str) -> str:
-        """URI of something in the run's folder."""
-        return "/".join((self.spec.run.uri, *parts))
 
     @property
     def mending(self) -> str:
@@ -108,45 +98,6 @@ class Run:
     def is_first(self, receipt: Receipt) -> bool:
         """Whether this commit of its shard is the first: those count every row of the corpus once."""
         return receipt.shard_id >= self.additions[receipt.addition].first_shard
-
-    # --- tables and JSON -------------------------------------------------------------------------------------------
-
-    def write_table(self, table: pa.Table, *parts: str) -> Written:
-        """Write a table whole as Parquet; its size and digest, for a commit."""
-        return self.write(parquet_bytes(table), *parts)
-
-    def read_table(self, *parts: str, sha256: str | None = None, hint: str = "") -> pa.Table:
-        """Read a table, against its digest where a commit says it.
-
-        Raises:
-            InputError: It is not there.
-            ArtifactError: It is damaged, or not what was committed.
-        """
-        data = storage.read_bytes(self.uri(*parts))
-        if sha256 is not None and (got := storage.bytes_digest(data)) != sha256:
-            raise ArtifactError(
-                f"{self.uri(*parts)} is not what its commit says: got sha256 {got}, expected {sha256}", hint
-            )
-        try:
-            return pq.ParquetFile(io.BytesIO(data)).read()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ArtifactError(f"{self.uri(*parts)} is damaged: {error}") from error
-
-    def write(self, data: bytes, *parts: str) -> Written:
-        """Write an object whole; its size and digest, for a commit."""
-        storage.write_bytes(self.uri(*parts), data)
-        return Written(bytes=len(data), sha256=storage.bytes_digest(data))
-
-    def write_json(self, value: Any, *parts: str) -> None:
-        """Write a JSON object whole, readable."""
-        self.write(json_bytes(value), *parts)
-
-    def read_json(self, *parts: str) -> Any:
-        """Read a JSON object. Raises InputError if it is not there, ArtifactError if it is damaged."""
-        try:
-            return json.loads(storage.read_bytes(self.uri(*parts)))
-        except ValueError as error:
-            raise ArtifactError(f"{self.uri(*parts)} is damaged: {error}") from error
 
     # --- counterparts ----------------------------------------------------------------------------------------------
 
@@ -364,26 +315,3 @@ class Run:
 def counterparts_digest(tensors_sha256: Sequence[str]) -> str:
     """One digest of several counterparts, from those of their tensors in order."""
     return storage.bytes_digest("\n".join(tensors_sha256).encode())
-
-
-def partition(query_id: str) -> str:
-    """Hive partition folder of a query."""
-    return f"query_id={quote(query_id, safe='')}"
-
-
-def parallel(action: Any, items: Sequence[_Item]) -> list[Any]:
-    """An I/O-bound action over items, in order, in threads."""
-    with ThreadPoolExecutor(READING_THREADS) as pool:
-        return list(pool.map(action, items))
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as the bytes of a Parquet file."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, **PARQUET_OPTIONS)
-    return buffer.getvalue()
-
-
-def json_bytes(value: Any) -> bytes:
-    """A value as JSON that a person can read."""
-    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"

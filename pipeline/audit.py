@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from . import storage
-from .artifacts import READ_AT_ONCE, Run, counterparts_digest, parallel, partition
+from .artifacts import READ_AT_ONCE, Run, counterparts_digest
 from .errors import ArtifactError, ForeignError, InputError
+from .folder import parallel, partition
 from .frozen import frozen_objects
 from .observe import Progress, say
-from .records import Receipt, Work, work_name
 from .storage import Stored
+from .works import Receipt, Work, work_name
 
 RECHECK_BYTES = 1 << 30
 """Up to so much, a start reads again all that is committed; beyond, it looks at sizes and leaves the rest to `verify`."""

@@ -16,20 +16,22 @@ from importlib.metadata import version
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from . import artifacts, storage
+from . import storage
 from .artifacts import Run
 from .corpus import Corpus, open_format, payload_names, require_free_names
 from .errors import ArtifactError, InputError
 from .extensions import load_loader, load_producer, load_task
+from .folder import partition
 from .formats.base import corpus_root, relative_path
 from .frozen import create_addition, create_run, is_run, open_run, save_spec
 from .importing import user_code
 from .observe import say
 from .plan import Plan, added_fingerprint, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
 from .queries import read_queries
-from .records import RANKED, Addition, Manifest, Shard, SourceFile
+from .records import RANKED, Shard, SourceFile
 from .spec import QueriesSection, Resolved, Spec
 from .specfile import changed_fields
+from .works import Addition, Manifest
 
 PACKAGES = ("mirrorscope", "torch", "ray", "pyarrow")
 MAX_CHANGES_SHOWN = 8
@@ -112,10 +114,10 @@ def _query_ids(queries: pa.Table) -> tuple[str, ...]:
     """Queries in order of first appearance. Raises InputError for an id that cannot name a folder."""
     query_ids = tuple(dict.fromkeys(queries["query_id"].to_pylist()))
     for query_id in query_ids:
-        if not query_id or len(artifacts.partition(query_id)) > MAX_NAME_CHARS:
+        if not query_id or len(partition(query_id)) > MAX_NAME_CHARS:
             raise InputError(
                 f"query_id {query_id!r}: got {len(query_id)} characters, expected 1 or more, and a folder name of at most "
-                f"{MAX_NAME_CHARS} (it would be {artifacts.partition(query_id)[:40]}...)"
+                f"{MAX_NAME_CHARS} (it would be {partition(query_id)[:40]}...)"
             )
     return query_ids
 

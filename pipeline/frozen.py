@@ -11,12 +11,14 @@ import pyarrow as pa
 import yaml
 
 from . import storage
-from .artifacts import Run, json_bytes, parallel, parquet_bytes
+from .artifacts import Run
 from .corpus import concat_rows
 from .errors import ArtifactError, InputError, SpecError
+from .folder import json_bytes, parallel, parquet_bytes
 from .observe import say
-from .records import MANIFEST, Addition, Column, Manifest
+from .records import MANIFEST, Column
 from .specfile import dump_spec, parse_spec
+from .works import Addition, Manifest
 
 MANIFEST_NAME, QUERIES_NAME = "manifest.parquet", "queries.parquet"
 ADDITION_NAME = "addition.json"

@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from . import topk
-from .artifacts import Run, parallel, partition
+from .artifacts import Run
 from .corpus import Corpus, concat_rows, payload_names
+from .folder import parallel, partition
 from .observe import say
-from .records import RANKED, SOURCES, Receipt
+from .records import RANKED, SOURCES
 from .scorefile import ScoreFile
+from .works import Receipt
 
 SHARDS_AT_ONCE = 256
 ROWS_AT_ONCE = 1 << 20

@@ -24,8 +24,8 @@ from .cluster import Watchdog, errors_of, require, room
 from .errors import PipelineError, QuarantineError, UnavailableError
 from .frozen import open_run
 from .observe import Progress, duration, every, say, unsent
-from .records import Receipt, Work, work_name
 from .scorer import ShardScorer
+from .works import Receipt, Work, work_name
 
 SHARDS_AHEAD = 2
 """Calls that run in one actor at a time: one reads, decodes and writes while the other holds the engine."""

@@ -11,12 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from . import storage, topk
-from .artifacts import Run, counterparts_digest, parallel, partition
+from .artifacts import Run, counterparts_digest
 from .corpus import Corpus, Examples
 from .errors import ArtifactError, InputError
 from .extensions import load_model, load_task
+from .folder import parallel, partition
 from .importing import user_code
-from .records import REJECTS, SCORES, Receipt, Reject, Shard, Work, Written, partial_name
+from .records import REJECTS, SCORES, Reject, Shard
+from .works import Receipt, Work, Written, partial_name
 
 if TYPE_CHECKING:
     from .engine import Losses

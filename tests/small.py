@@ -16,12 +16,12 @@ from torch import nn
 
 from pipeline.artifacts import Run
 from pipeline.audit import mend
-from pipeline.records import Work
 from pipeline.run import finish
 from pipeline.score import _tally
 from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tune import Tuner
+from pipeline.works import Work
 
 CLASSES = 3
 SHARD_ROWS = 4

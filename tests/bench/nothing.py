@@ -15,8 +15,9 @@ import torch
 from pipeline.artifacts import Run
 from pipeline.attempts import Worker
 from pipeline.freeze import freeze
-from pipeline.records import Column, Manifest, Shard
+from pipeline.records import Column, Shard
 from pipeline.specfile import parse_spec
+from pipeline.works import Manifest
 
 BITS = 24
 FIRST_FACTOR, NEXT_FACTOR = 0x9E3779B97F4A7C15 >> 1, 0x5851F42D

@@ -28,14 +28,15 @@ from hypothesis.stateful import (
 )
 
 from pipeline import storage
-from pipeline.artifacts import Run, parquet_bytes
+from pipeline.artifacts import Run
 from pipeline.audit import audit, collect
 from pipeline.errors import ArtifactError, InputError, PipelineError
+from pipeline.folder import parquet_bytes
 from pipeline.freeze import extend, freeze
 from pipeline.frozen import is_run, open_run
-from pipeline.records import Receipt
 from pipeline.run import rerank
 from pipeline.scorer import ShardScorer
+from pipeline.works import Receipt
 from tests import small
 from tests.faults import stepped
 from tests.faults.stepped import Actor, Crash, in_hand

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import partition
 from pipeline.errors import ArtifactError, InputError
+from pipeline.folder import partition
 from pipeline.freeze import freeze
 from pipeline.frozen import is_run, open_run
-from pipeline.records import Receipt
 from pipeline.storage import bytes_digest
+from pipeline.works import Receipt
 
 ODD_IDS = ["a/b", "..", ".", "%2F", "a=b", "query_id=a", "größe 名", "two\nlines", " ", "A", "a", 'quo"te', "?*[]#&+"]
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts import parquet_bytes
+from pipeline.folder import parquet_bytes
 from pipeline.records import SCORES
 
 ROWS = 40_000

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.plan import MAX_SHARD_ROWS, fingerprint, identity, make_shards, shard_rows
-from pipeline.records import Column, Manifest, Measured, SourceFile
+from pipeline.records import Column, Measured, SourceFile
+from pipeline.works import Manifest
 from tests.unit.test_spec import parse
 
 
