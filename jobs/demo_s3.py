@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SPEC = "jobs/specs/digits.yaml"
 PREFIX = f"s3://{BUCKET}/digits"
+DATA = ("train.parquet", "queries.parquet", "cnn.safetensors")
 CLUSTER_START_S = 90.0
 STORE_BYTES = 200 << 20
 """Ray's object store: only receipts pass through it."""
@@ -216,10 +217,10 @@ def _interrupt(*_: object) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "folder", type=Path, help="what jobs.digits wrote: train.parquet, queries.parquet, cnn.safetensors"
-    )
+    parser.add_argument("folder", type=Path, help=f"what jobs.digits wrote: {', '.join(DATA)}")
     arguments = parser.parse_args()
+    if missing := [name for name in DATA if not (arguments.folder / name).is_file()]:
+        parser.error(f"{arguments.folder} has no {', '.join(missing)}: make them with `python -m jobs.digits FOLDER`")
     signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: what was started is stopped
     try:
         sys.exit(run_demo(arguments.folder))
