@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import artifacts, storage
+from pipeline import folder, storage
 
 HANGS_S = 120.0
 _here = threading.local()
@@ -161,5 +161,5 @@ def in_hand() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(storage, "retried", retried)
         patch.setattr(storage, "write_local", write_local)
         patch.setattr(storage, "FIRST_PAUSE_S", 0.0001)
-        patch.setattr(artifacts, "ThreadPoolExecutor", _OneByOne)
+        patch.setattr(folder, "ThreadPoolExecutor", _OneByOne)
         yield patch

@@ -220,6 +220,17 @@ NO_RECEIPTS = {
     "null": b"null",
     "an empty object": b"{}",
     "an unknown field": b'{"shard_id": 1, "ghost": 2}',
+    "a letter that flipped": json.dumps(
+        {
+            "addition": 0,
+            "shard_id": 1,
+            "fingerprint": "f",
+            "rows": 1,
+            "rejects": 0,
+            "files": {"a": {"bytes": 1, "sha257": ""}},
+        }
+        | {"started_at_s": 1, "finished_at_s": 1, "compute_s": 1, "k": 1, "transform": "signed"}
+    ).encode(),
 }
 
 

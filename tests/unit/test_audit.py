@@ -276,6 +276,31 @@ def test_gc_deletes_what_nobody_names_and_nothing_else(run, monkeypatch, capsys)
     assert before == objects(run)
 
 
+def test_what_is_not_ours_is_no_orphan(run, monkeypatch, capsys):
+    """A corpus, weights, a catalog or another run in the folder are their owner's: gc does not touch or list them."""
+    foreign = ("corpus/part.parquet", "weights.safetensors", "other/commits/shard-000000.json", "catalog.db", ".hidden")
+    for path in foreign:
+        storage.write_bytes(run.uri(path), b"somebody's")
+        os.utime(run.uri(path), (0, 0))
+    code, shown = invoke(monkeypatch, capsys, "gc", run.uri(), "--older-than", "0")
+    assert 0 == code, shown
+    assert "0 objects" in shown
+    assert set(foreign) <= set(objects(run))
+
+
+def test_a_ranking_that_is_not_what_was_made_is_found_and_made_anew(run, monkeypatch, capsys):
+    """A flipped bit in topk/ranked.parquet: verify names it, `show` refuses it, the run's command ranks again."""
+    before = objects(run)
+    flipped = bytearray(before["topk/ranked.parquet"])
+    flipped[100] ^= 1
+    Path(run.uri("topk", "ranked.parquet")).write_bytes(flipped)
+    assert ["topk/ranked.parquet"] == [finding.path for finding in audit(run).damage]
+    code, shown = invoke(monkeypatch, capsys, "show", run.uri())
+    assert 6 == code, shown
+    work_off(run)
+    assert products(before) == products(objects(run))
+
+
 def test_gc_spares_what_may_be_in_the_making(run, monkeypatch, capsys):
     """Objects younger than a day, or than --older-than, may belong to a worker that has not committed yet."""
     litter(run, age_s=7200)
