@@ -499,7 +499,7 @@ def test_a_broken_protocol_is_caught(world, broken, extended, fate):
 def test_more_of_the_same(world):
     """As above, for longer, and other examples every time."""
     with in_hand():
-        look(world, max_examples=60, stateful_step_count=40, derandomize=False)
+        look(world, max_examples=25, stateful_step_count=40, derandomize=False)
 
 
 @pytest.mark.slow
@@ -508,4 +508,4 @@ def test_the_same_on_s3(world, s3, monkeypatch):
     """Conditional PUTs and listings of a real S3 server: the bytes are those of the undisturbed run on a local disk."""
     monkeypatch.setattr(world, "prefix", s3.prefix("protocol"))
     with in_hand():
-        look(world, max_examples=10, derandomize=False)
+        look(world, max_examples=6, derandomize=False)
