@@ -30,6 +30,8 @@ from pipeline.run import finish, rerank
 from pipeline.specfile import parse_spec
 from tests.conftest import read_scores, run_without_ray
 
+pytestmark = pytest.mark.slow
+
 KEYS = [("query_id", "ascending"), ("example_id", "ascending")]
 
 

@@ -25,6 +25,8 @@ from pipeline.specfile import parse_spec
 from tests.conftest import CORPUS_ROWS, run_without_ray
 from tests.contract.test_formats import CASES, corpus, plain_rows, read
 
+pytestmark = pytest.mark.slow
+
 PRODUCTS = ("counterparts", "scores", "rejects", "topk/ranked.parquet", "topk/sources.parquet")
 """What of a run is a function of spec and inputs, not of places and times."""
 

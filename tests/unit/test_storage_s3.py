@@ -8,6 +8,8 @@ from pipeline import storage
 from pipeline.errors import InputError, StorageError, UnavailableError
 from tests.seaweed import forget
 
+pytestmark = pytest.mark.slow
+
 DATA = b"0123456789" * 20_000
 READS = {
     "read": lambda uri: storage.read_bytes(uri),
