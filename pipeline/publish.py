@@ -106,9 +106,7 @@ def publish(run: Run, catalog: Catalog, namespace: str = "") -> list[Published]:
 def _make_namespace(catalog: Catalog, names: tuple[str, ...]) -> None:
     try:
         catalog.create_namespace_if_not_exists(names)
-    except (
-        Exception
-    ):  # each catalog and version has an error of its own for a namespace that somebody made in this moment
+    except Exception:  # each catalog has an error of its own for a namespace that somebody made in this moment
         if names not in catalog.list_namespaces(names[:-1]):
             raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import safetensors.torch
 
 from jobs import digits
+from jobs.cli import app, guarded
 from pipeline import freeze, storage
 from pipeline.artifacts import Run
 from pipeline.scorer import ShardScorer
@@ -98,6 +100,15 @@ def run_without_ray(spec: Any, shard_order: Callable[[list], list] = list) -> Ru
     for work in shard_order(pending):
         scorer.score(work)
     return run
+
+
+def exit_code(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    """Exit code of a command line, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["mirrorscope", *words])
+    try:
+        return guarded(app)
+    except SystemExit as stop:
+        return stop.code
 
 
 def read_scores(run: Run) -> pa.Table:

@@ -19,7 +19,7 @@ from jobs import stage
 from jobs.cli import app, guarded
 from pipeline.freeze import survey
 from pipeline.run import finish
-from tests.conftest import run_without_ray
+from tests.conftest import exit_code, run_without_ray
 from tests.example_data import prepare
 
 EXAMPLE_SPECS = sorted(Path(__file__).parents[2].glob("jobs/specs/*.yaml"))
@@ -34,14 +34,6 @@ def finished(make_spec):
     run = run_without_ray(make_spec())
     finish(run)
     return run
-
-
-def exit_code(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["mirrorscope", *words])
-    try:
-        return guarded(app)
-    except SystemExit as stop:
-        return stop.code
 
 
 def test_help_needs_no_heavy_import():

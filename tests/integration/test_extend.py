@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import duckdb
@@ -13,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.cli import app, guarded
 from pipeline import storage
 from pipeline.audit import audit
 from pipeline.errors import ArtifactError, InputError
@@ -23,7 +21,7 @@ from pipeline.run import finish
 from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tune import Tuner
-from tests.conftest import read_scores
+from tests.conftest import exit_code, read_scores
 from tests.small import LATER, Small, one_thread, products, work_off
 
 QUERIES, CORPUS = "queries", "corpus"
@@ -307,14 +305,6 @@ def test_workers_and_order_leave_no_trace(small, tmp_path, at_once):
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
-
-
-def exit_code(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["mirrorscope", *words])
-    try:
-        return guarded(app)
-    except SystemExit as stop:
-        return stop.code
 
 
 def test_the_command_says_what_it_cannot_add(small, run_uri, tmp_path, monkeypatch, capsys):
