@@ -116,7 +116,12 @@ def verify(
     run_uri: RunArgument,
     sizes: Annotated[bool, typer.Option("--sizes", help="Compare sizes only, without reading the data.")] = False,
     mend: Annotated[
-        bool, typer.Option("--mend", help="Delete the commits of what is damaged; the run's command makes it anew.")
+        bool,
+        typer.Option(
+            "--mend",
+            help="Delete the commits of what is damaged; the run's command makes it anew. Deletes nothing, and says so, "
+            "where something is damaged that no command makes anew.",
+        ),
     ] = False,
 ) -> None:
     """Check from the objects alone that a run is what its commits say: counts, digests, orphans."""

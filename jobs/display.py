@@ -128,7 +128,7 @@ def show_status(run: Run) -> None:
     table.add_row("tune", _state(queries, len(run.query_ids)), f"{queries:,} of {len(run.query_ids):,} counterparts")
     figures = f"{commits:,} of {run.number_of_works:,} shards, {scored:,} rows scored, {rejected:,} rejected"
     if quarantined:
-        figures += f", {quarantined:,} shards given up"
+        figures += f", {quarantined:,} shards quarantined"
     if commits:
         figures += f", {passed / max(busy.seconds, 1e-9):,.0f} examples/s while shards were worked on"
     table.add_row("score", _state(commits, run.number_of_works), figures)
@@ -145,7 +145,7 @@ def show_audit(run: Run, found: Audit) -> None:
     table = Table(title=run.uri(), title_justify="left", show_header=False)
     rows = {
         "shards": f"{found.commits:,} of {found.works:,} committed"
-        + (f", {len(found.given_up):,} of them given up" if found.given_up else ""),
+        + (f", {len(found.quarantined):,} of them quarantined" if found.quarantined else ""),
         "rows": f"{found.rows:,} scored, {found.rejects:,} rejected, of {run.rows_to_score:,}",
         "counterparts": f"{found.counterparts:,} of {len(run.query_ids):,} committed",
         "objects": f"{found.objects:,} named by commits; {read}",

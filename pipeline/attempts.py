@@ -1,4 +1,4 @@
-"""Who works on which shard since when, and how often it was begun: a poison shard is given up, a stalled one is seen."""
+"""Who works on which shard since when, and how often it was begun: a poison shard is quarantined, a stalled one is seen."""
 
 from __future__ import annotations
 

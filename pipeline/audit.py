@@ -58,7 +58,7 @@ class Audit:
         counterparts: Counterparts that are committed.
         rows: Score rows per query set, as the commits say.
         rejects: Rows in rejects/.
-        given_up: Commits of shards that were given up.
+        quarantined: Commits of quarantined shards.
         objects: Objects that commits name.
         read_bytes: Bytes read to compare digests; 0 if only sizes were compared.
         sealed: Whether _SUCCESS stands for all of the run.
@@ -75,7 +75,7 @@ class Audit:
     read_bytes: int = 0
     sealed: bool = False
     damage: list[Finding] = field(default_factory=list)
-    given_up: list[Receipt] = field(default_factory=list)
+    quarantined: list[Receipt] = field(default_factory=list)
     orphans: dict[str, Stored] = field(default_factory=dict)
 
 
@@ -125,7 +125,7 @@ def audit(run: Run, read_at_most: float = float("inf"), shown: bool = True) -> A
 def mend(run: Run) -> None:
     """See at a start that what is committed is whole, and void what is not, so that it is made anew.
 
-    Shards that were given up are tried again, unless the spec tolerates them.
+    Quarantined shards are tried again, unless the spec tolerates them.
 
     Raises:
         ArtifactError: Something is wrong that making anew does not mend.
@@ -136,10 +136,10 @@ def mend(run: Run) -> None:
     void(run, found.damage)
     if run.is_tolerable(found.rejects):
         return
-    for receipt in found.given_up:
-        say(f"{receipt.name} was given up before ({receipt.quarantined}); it is tried again")
-    run.void([f"commits/{receipt.name}.json" for receipt in found.given_up])
-    rejects = [path for receipt in found.given_up for path in receipt.files]  # its rows are no rejects any more
+    for receipt in found.quarantined:
+        say(f"{receipt.name} was quarantined before ({receipt.quarantined}); it is tried again")
+    run.void([f"commits/{receipt.name}.json" for receipt in found.quarantined])
+    rejects = [path for receipt in found.quarantined for path in receipt.files]  # its rows are no rejects any more
     parallel(lambda path: storage.remove(run.uri(path)), rejects)
 
 
@@ -296,7 +296,7 @@ def _add(found: Audit, run: Run, receipt: Receipt) -> None:
     found.rejects += receipt.rejects
     found.rows += receipt.rows
     if receipt.quarantined is not None:
-        found.given_up.append(receipt)
+        found.quarantined.append(receipt)
 
 
 def _some_at_once(keys: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

@@ -10,7 +10,7 @@
     ├── StorageError            exit 7   the store refused
     │   └── UnavailableError    exit 7   it did not answer, or asked to slow down, to the last try
     ├── ClusterError            exit 8   Ray cannot give what was asked for, or a worker died too often
-    └── QuarantineError         exit 9   shards were given up; all others are scored
+    └── QuarantineError         exit 9   shards are quarantined; all others are scored
 
 A message says what failed, where, got against expected; the hint says what to do. Errors cross process borders: they
 pickle with message and hint.

@@ -45,7 +45,7 @@ def score(run: Run) -> None:
 
     Raises:
         InputError: More rows were rejected than the spec allows; what is done is committed.
-        QuarantineError: Shards were given up, more than the spec allows; all others are committed.
+        QuarantineError: Shards are quarantined, more than the spec allows; all others are committed.
         ContractError: The model or task failed.
         StorageError: The store refused, or was gone for too long.
         ClusterError: Resources are missing, or actors could not start.
@@ -61,7 +61,7 @@ def score(run: Run) -> None:
 
 @dataclass
 class _Tally:
-    """Where the stage stands: commits that stay, rows rejected one by one, shards given up with their rows and reason."""
+    """Where the stage stands: commits that stay, rows rejected one by one, shards quarantined with their rows and reason."""
 
     done: set[_Key] = field(default_factory=set)
     rejects: int = 0
@@ -120,7 +120,7 @@ def _score(run: Run, pending: Sequence[_Key], tally: _Tally) -> None:
             progress.advance(row["rows"])
             if row["quarantined"]:
                 tally.quarantined[row["name"]] = (row["rejects"], row["quarantined"])
-                say(f"warning: {row['name']} ({row['rejects']:,} rows) is given up: {row['quarantined']}")
+                say(f"warning: {row['name']} ({row['rejects']:,} rows) is quarantined: {row['quarantined']}")
             else:
                 tally.rejects += row["rejects"]
                 run.require_few_rejects(tally.rejects)
@@ -128,8 +128,8 @@ def _score(run: Run, pending: Sequence[_Key], tally: _Tally) -> None:
 
 def _tell_quarantined(run: Run, tally: _Tally) -> None:
     shown = "".join(f"\n  {name}: {rows:,} rows: {why}" for name, (rows, why) in islice(tally.quarantined.items(), 5))
-    given_up = f"{len(tally.quarantined)} of {run.number_of_works:,} shards were given up"
-    message = f"{given_up}; their rows are in {run.uri('rejects')}{shown}"
+    quarantined = f"{len(tally.quarantined)} of {run.number_of_works:,} shards are quarantined"
+    message = f"{quarantined}; their rows are in {run.uri('rejects')}{shown}"
     if run.is_tolerable(tally.rows_lost):
         say(f"warning: {message}")
         return

@@ -87,7 +87,7 @@ class ShardScorer:
         return self._commit(work, started_at_s, compute_s, len(examples.row_N), len(examples.rejects), files)
 
     def quarantine(self, work: Work, reason: str) -> Receipt:
-        """Give up a shard: all its rows go to rejects/ with the reason, and that is committed. The commit that then stands.
+        """Quarantine a shard: all its rows go to rejects/ with the reason, and that is committed. The commit that then stands.
 
         Raises:
             StorageError: The store refused.

@@ -104,7 +104,7 @@ class ScoreResources(Section):
     gpus: _NotNegative = 0.0
     """GPUs of each."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Times that a shard is tried again after its actor died or stalled on it; then it is given up, and the others go on."""
+    """Times that a shard is tried again after its actor died or stalled on it; then it is quarantined, and the others go on."""
     stalled_after_s: _Positive | None = None
     """Seconds on one shard after which its actor is ended and the shard tried again. Null: 10 times the slowest shard of this
     start, at least 1800; before one has finished, never."""

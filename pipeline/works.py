@@ -40,8 +40,8 @@ class Receipt:
         compute_s: Seconds in the loss engine.
         k: Depth of the partial top-k.
         transform: Transform of the partial top-k and sums, with its eps: `relative:0.001`.
-        counterparts: Digest of the counterparts that it was scored under; empty for a shard that was given up.
-        quarantined: Why the whole shard was given up, so that all its rows are in rejects/; else null.
+        counterparts: Digest of the counterparts that it was scored under; empty for a quarantined shard.
+        quarantined: Why the whole shard was quarantined, so that all its rows are in rejects/; else null.
     """
 
     addition: int

@@ -107,7 +107,7 @@ class Protocol(RuleBasedStateMachine):
         self.drivers: list[Actor] = []
         self.workers: list[Actor] = []
         self.passing: list[Actor] = []
-        self.damaged = self.extended = self.given_up = False
+        self.damaged = self.extended = self.quarantined = False
 
     # --- what begins -----------------------------------------------------------------------------------------------
 
@@ -140,20 +140,20 @@ class Protocol(RuleBasedStateMachine):
         self.actor(self.drivers, "driver", lambda: work_off(freeze(self.spec()), order))
 
     @precondition(lambda self: len(self.actors) < 4 and not self.damaged and is_ready(self.uri))
-    @rule(place=st.integers(0, 20), give_up=st.sampled_from([False, False, True]))
-    def start_worker(self, place: int, give_up: bool) -> None:
+    @rule(place=st.integers(0, 20), quarantine=st.sampled_from([False, False, True]))
+    def start_worker(self, place: int, quarantine: bool) -> None:
         """An attempt at one shard that belongs to no driver (any more); perhaps the one that gives it up."""
         run = open_run(self.uri)
         works = [work for work in run.works() if set(work.query_ids) <= run.committed_queries()]
         work = works[place % len(works)]
 
-        self.given_up |= give_up
+        self.quarantined |= quarantine
 
         def attempt() -> None:
             scorer = ShardScorer(run, "cpu", work.query_ids)
-            scorer.quarantine(work, "its workers died") if give_up else scorer.score(work)
+            scorer.quarantine(work, "its workers died") if quarantine else scorer.score(work)
 
-        self.actor(self.passing if give_up else self.workers, f"worker on {work.name}", attempt)
+        self.actor(self.passing if quarantine else self.workers, f"worker on {work.name}", attempt)
 
     @precondition(lambda self: not self.drivers and not self.passing and not self.damaged and is_sealed(self.uri))
     @rule(what=st.sampled_from(["extend", "extend", "rank"]))
@@ -182,7 +182,7 @@ class Protocol(RuleBasedStateMachine):
             for kind in (self.drivers, self.workers, self.passing):
                 if actor in kind:
                     kind.remove(actor)
-            voided = (self.damaged or self.given_up) and isinstance(actor.error, ArtifactError | InputError)
+            voided = (self.damaged or self.quarantined) and isinstance(actor.error, ArtifactError | InputError)
             if actor.error is not None and not voided:
                 raise AssertionError(f"{actor} ended with {actor.error!r}") from actor.error
             if actor.error is None and actor.ended and actor.name == "driver":
@@ -327,7 +327,7 @@ def is_commit(path: str) -> bool:
 
 
 def named_of(objects: dict[str, bytes]) -> dict[str, bytes]:
-    """The products without those that no commit names: a given-up shard's, until gc."""
+    """The products without those that no commit names: a quarantined shard's, until gc."""
     named = {name for path, data in objects.items() if is_commit(path) for name in json.loads(data)["files"]}
     return {
         path: data

@@ -1,4 +1,4 @@
-"""What lies on the store is damaged behind the run's back: it is found, named, and made anew, or given up with its reason."""
+"""What lies on the store is damaged behind the run's back: it is found, named, and made anew, or quarantined with its reason."""
 
 import os
 import sys
@@ -81,7 +81,7 @@ def test_a_damaged_score_file_is_found_and_made_anew(
     ledger.enter(fault, attempts, run.receipt(0, 1).finished_at_s - damaged_s, run, undisturbed)
 
 
-def test_a_corrupt_corpus_file_is_given_up_where_it_cannot_be_read(
+def test_a_corrupt_corpus_file_is_quarantined_where_it_cannot_be_read(
     ray_cluster, make_spec, world, tmp_path, ledger, monkeypatch, capsys
 ):
     """Size and time say nothing of it: its shard goes to rejects/ at once, the rest is scored, and the exit code says so.
@@ -105,7 +105,7 @@ def test_a_corrupt_corpus_file_is_given_up_where_it_cannot_be_read(
     mend = corrupt(corpus / f"part-{FILE_ROWS:03d}.parquet")
     assert 9 == start(), capsys.readouterr().err
     said = capsys.readouterr().err
-    assert "error: 1 of 6 shards were given up" in said
+    assert "error: 1 of 6 shards are quarantined" in said
     assert f"shard-000003: {SHARD_ROWS} rows: {corpus}/part-050.parquet" in said
     assert 0 == start("--set", "score.max_reject_fraction=0.2"), capsys.readouterr().err
     run = open_run(spec.run.uri)
@@ -118,7 +118,7 @@ def test_a_corrupt_corpus_file_is_given_up_where_it_cannot_be_read(
     mend()
     mended_s = time.time()
     assert 0 == start(), capsys.readouterr().err
-    assert "shard-000003 was given up before" in capsys.readouterr().err
+    assert "shard-000003 was quarantined before" in capsys.readouterr().err
     ledger.enter(
         "a corrupt corpus file, put back", len(starts), run.receipt(0, 3).finished_at_s - mended_s, run, undisturbed
     )

@@ -30,7 +30,7 @@ def objects(run):
 
 
 @pytest.mark.parametrize("written", range(4))
-def test_a_shard_that_was_given_up_meanwhile_keeps_no_scores(small, tmp_path, written):
+def test_a_shard_that_was_quarantined_meanwhile_keeps_no_scores(small, tmp_path, written):
     """A slow attempt wakes at any of its writes after others gave its shard up: the rows are in rejects/ alone."""
     run = freeze(small.spec(tmp_path / "run", *CHEAP, "score.max_reject_fraction=1"))
     work_off(run)

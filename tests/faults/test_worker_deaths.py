@@ -57,7 +57,7 @@ def test_a_scoring_actor_killed_mid_shard_is_replaced(ray_cluster, make_spec, tm
     )
 
 
-def test_a_poison_shard_is_given_up_and_the_rest_is_scored(
+def test_a_poison_shard_is_quarantined_and_the_rest_is_scored(
     ray_cluster, make_spec, tmp_path, world, undisturbed, ledger, capsys
 ):
     """It kills every actor: tried so often and no more, all its rows in rejects/ with the reason, no innocent beside it.
@@ -69,7 +69,7 @@ def test_a_poison_shard_is_given_up_and_the_rest_is_scored(
     small = (f"score.shard_rows={SHARD_ROWS}", "resources.score={actors: 1, max_failures: 2}")
     spec = tuned(make_spec(poison, *small))
     with pytest.raises(
-        QuarantineError, match=r"1 of 10 shards were given up(.|\n)*shard-000005: 16 rows: 3 workers died"
+        QuarantineError, match=r"1 of 10 shards are quarantined(.|\n)*shard-000005: 16 rows: 3 workers died"
     ) as error:
         attribute(spec)
     assert 9 == error.value.exit_code
@@ -77,7 +77,7 @@ def test_a_poison_shard_is_given_up_and_the_rest_is_scored(
     tolerant = make_spec(poison, *small, "score.max_reject_fraction=0.2")
     run = attribute(tolerant)
     assert 3 == len(came(log)), "what is tolerated is not tried again"
-    assert "warning: 1 of 10 shards were given up" in capsys.readouterr().err
+    assert "warning: 1 of 10 shards are quarantined" in capsys.readouterr().err
     rejects = run.read_shard(run.receipt(0, 5), "rejects/shard-000005.parquet").to_pylist()
     assert list(range(row, row + SHARD_ROWS)) == [each["row"] for each in rejects]
     assert all("workers died or stalled on it" in each["got"] for each in rejects)

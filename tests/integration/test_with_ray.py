@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pipeline import score
 from pipeline.errors import ClusterError, ContractError, InputError
 from pipeline.run import attribute, run_stage
 from tests.conftest import CORPUS_ROWS, read_scores, run_without_ray
@@ -42,6 +43,15 @@ def test_another_worker_count_gives_the_same_scores(make_spec, ray_cluster):
     one = attribute(make_spec("resources.score.actors=1", "score.shard_rows=1000", name="one"))
     many = attribute(make_spec("resources.score.actors=3", "score.shard_rows=13", name="many"))
     assert read_scores(one).equals(read_scores(many))
+
+
+def test_a_run_of_several_waves(make_spec, ray_cluster, monkeypatch, capsys):
+    """What is given to Ray Data in waves of 2 of 5 shards is each scored once, under one progress and one count."""
+    monkeypatch.setattr(score, "SHARDS_PER_WAVE", 2)
+    whole = run_without_ray(make_spec("score.shard_rows=32", name="whole"))
+    run = attribute(make_spec("score.shard_rows=32"))
+    assert read_scores(whole).equals(read_scores(run))
+    assert 1 == capsys.readouterr().err.count("score 5/5 shards  100%")
 
 
 def test_stages_run_apart(make_spec, ray_cluster):

@@ -18,6 +18,7 @@ from pipeline.audit import audit, collect, mend, void
 from pipeline.errors import ArtifactError
 from pipeline.freeze import freeze
 from pipeline.frozen import open_run
+from pipeline.run import _needs_ray
 from pipeline.scorer import ShardScorer
 from tests.small import Small, one_thread, products, work_off
 
@@ -330,10 +331,10 @@ def test_gc_of_an_unfinished_run_leaves_what_is_committed(run, small):
     assert products(before) == products(objects(again))
 
 
-# --- given up ----------------------------------------------------------------------------------------------------------
+# --- quarantine ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_given_up_shard_leaves_no_scores(run, small):
+def test_a_quarantined_shard_leaves_no_scores(run, small):
     """What attempts wrote before they died would count its rows twice."""
     remove(run, "_SUCCESS")
     remove(run, COMMIT)
@@ -343,7 +344,7 @@ def test_a_given_up_shard_leaves_no_scores(run, small):
     assert ["its workers died"] * 4 == pq.read_table(run.uri(REJECTS))["got"].to_pylist()
 
 
-def test_a_scored_shard_is_not_given_up_any_more(run):
+def test_a_scored_shard_is_not_quarantined_any_more(run):
     """Whoever gives up too late finds the commit of an attempt that was taken for dead, and leaves it."""
     before = objects(run)
     receipt = ShardScorer(run, "cpu").quarantine(run.work(0, 1), "its workers died")
@@ -351,7 +352,7 @@ def test_a_scored_shard_is_not_given_up_any_more(run):
     assert before == objects(run)
 
 
-def test_a_given_up_shard_is_tried_again_and_leaves_no_rejects(run, small):
+def test_a_quarantined_shard_is_tried_again_and_leaves_no_rejects(run, small):
     """Its rows are in scores/ then, and in rejects/ no more, though no other row of it is rejected."""
     before = objects(run)
     remove(run, "_SUCCESS")
@@ -360,6 +361,16 @@ def test_a_given_up_shard_is_tried_again_and_leaves_no_rejects(run, small):
     assert "rejects/shard-000000.parquet" in objects(run)
     again = work_off(freeze(small.spec(run.uri(), *CHEAP)))
     assert products(before) == products(objects(again))
+
+
+def test_a_quarantined_shard_asks_for_a_cluster_again(run):
+    """The next start of a run that does not tolerate it finds work to do, though every shard had its commit."""
+    remove(run, "_SUCCESS")
+    remove(run, COMMIT)
+    ShardScorer(run, "cpu").quarantine(run.work(0, 1), "its workers died")
+    assert not _needs_ray(run)
+    mend(run)
+    assert _needs_ray(run)
 
 
 def test_verify_of_no_run_says_so():
