@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -52,6 +53,10 @@ def connected(resources: ResourcesSection) -> Iterator[None]:
     _quieten()
     try:
         yield
+    except BaseException as error:
+        # What Ray Data left in the frames that were interrupted ends with them: after Ray's end it would start another Ray.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         ray.shutdown()
 

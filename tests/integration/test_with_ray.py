@@ -90,6 +90,44 @@ def test_errors_of_workers_come_home_as_they_were(make_spec, ray_cluster, world,
     }
 
 
+INTERRUPTED = """
+import ray.data
+from ray.data._internal.execution.streaming_executor import _ClosingIterator
+
+from pipeline.cluster import connected
+from pipeline.spec import ResourcesSection
+
+
+class Stop(BaseException):
+    pass
+
+
+class Nothing:
+    def __call__(self, batch):
+        return batch
+
+
+def stop(*_):
+    raise Stop
+
+
+_ClosingIterator.get_next = stop  # a signal that comes where Ray Data does not catch it
+try:
+    with connected(ResourcesSection()):
+        items = ray.data.from_items(list(range(9)), override_num_blocks=9)
+        list(items.map_batches(Nothing, compute=ray.data.ActorPoolStrategy(size=1)).iter_rows())
+except Stop:
+    print("stopped")
+"""
+
+
+def test_an_interrupt_within_ray_data_ends_without_a_word(tmp_path):
+    """Its executor ends before Ray does; left to the garbage collector it would start another Ray and print what went wrong."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    done = command("interrupted.py", cwd=tmp_path)
+    assert ("stopped\n", "", 0) == (done.stdout, done.stderr, done.returncode)
+
+
 OUTSIDE = '''
 """A task and a producer of somebody's own: one file, outside the repository."""
 
