@@ -20,6 +20,7 @@ SILENCE_S = 300.0
 """Without progress for so long, the watchdog says what the cluster has free."""
 EMBEDDED_STORE_BYTES = 256 << 20
 """Object store of an embedded Ray: only receipts pass through it."""
+EXECUTOR_ENDS_WITHIN_S = 10.0
 _QUIET = ("ray", "ray.data", "ray.train", "ray.tune")
 
 
@@ -54,11 +55,21 @@ def connected(resources: ResourcesSection) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # What Ray Data left in the frames that were interrupted ends with them: after Ray's end it would start another Ray.
-        traceback.clear_frames(error.__traceback__)
+        _end_executors(error)
         raise
     finally:
         ray.shutdown()
+
+
+def _end_executors(error: BaseException) -> None:
+    """Let what Ray Data left in interrupted frames end before Ray does.
+
+    Later, the garbage collector's call would start another Ray, and a thread that is within a call takes the process with it.
+    """
+    traceback.clear_frames(error.__traceback__)
+    for thread in threading.enumerate():
+        if thread.name.startswith("StreamingExecutor"):
+            thread.join(EXECUTOR_ENDS_WITHIN_S)
 
 
 def _start_embedded() -> None:
