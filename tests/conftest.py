@@ -87,6 +87,15 @@ def make_spec(world: World, tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
+def tuned(spec: Any) -> Any:
+    """Freeze and tune in this process, for what is tried is scoring; the spec again."""
+    run = freeze.freeze(spec)
+    tuner = Tuner(run, "cpu")
+    for query_id in run.query_ids:
+        tuner.tune(query_id)
+    return spec
+
+
 def run_without_ray(spec: Any, shard_order: Callable[[list], list] = list) -> Run:
     """Everything that workers do, in this process: freeze, tune, score."""
     run = freeze.freeze(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def frozen(folder: Path, corpus_uri: str, queries: int = 1, **sections: Any) -> 
         "task": {"name": "tests.bench.nothing:Task"},
         "corpus": {"uri": corpus_uri, "payload": []},
         "queries": {"uri": str(folder / "q.parquet")},
+        "resources": {"score": {"actors": os.cpu_count()}},
     }
     return freeze(parse_spec({**tree, **sections}))
 

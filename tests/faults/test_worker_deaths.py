@@ -5,26 +5,16 @@ import time
 
 import pytest
 
-from pipeline import freeze, storage
+from pipeline import storage
 from pipeline.errors import ContractError, QuarantineError
 from pipeline.run import attribute, run_stage
-from pipeline.tune import Tuner
-from tests.conftest import read_scores
+from tests.conftest import read_scores, tuned
 from tests.faults.mortal import came, mortal_producer, mortal_task
 
 pytestmark = pytest.mark.ray
 
 SHARD_ROWS = 16
 FOREVER = 1000
-
-
-def tuned(spec):
-    """Freeze and tune in this process: what is tried is scoring."""
-    run = freeze.freeze(spec)
-    tuner = Tuner(run, "cpu")
-    for query_id in run.query_ids:
-        tuner.tune(query_id)
-    return spec
 
 
 def committed_at(run, row):

@@ -89,7 +89,7 @@ def test_the_demo_on_s3_runs_and_stops_what_it_started(data, temp):
     require_nothing_left(temp)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_demo_that_is_stopped_stops_what_it_started(data, temp, number):
     """While the cluster starts; even SIGKILL leaves no process behind."""
     process = start(data, temp)

@@ -13,7 +13,7 @@ import yaml
 from pipeline import score
 from pipeline.errors import ClusterError, ContractError, InputError
 from pipeline.run import attribute, run_stage
-from tests.conftest import CORPUS_ROWS, read_scores, run_without_ray
+from tests.conftest import CORPUS_ROWS, read_scores, run_without_ray, tuned
 
 pytestmark = pytest.mark.ray
 
@@ -38,18 +38,11 @@ def test_workers_write_the_bytes_that_one_process_writes(make_spec, ray_cluster,
     assert "score 5/5 shards  100%" in shown
 
 
-def test_another_worker_count_gives_the_same_scores(make_spec, ray_cluster):
-    """Other shards and other workers: the same scores to 1e-6 relative and better."""
-    one = attribute(make_spec("resources.score.actors=1", "score.shard_rows=1000", name="one"))
-    many = attribute(make_spec("resources.score.actors=3", "score.shard_rows=13", name="many"))
-    assert read_scores(one).equals(read_scores(many))
-
-
-def test_a_run_of_several_waves(make_spec, ray_cluster, monkeypatch, capsys):
-    """What is given to Ray Data in waves of 2 of 5 shards is each scored once, under one progress and one count."""
+def test_other_workers_and_waves_give_the_same_scores(make_spec, ray_cluster, monkeypatch, capsys):
+    """Three actors, and shards in waves of 2 of 5: to the bit what one process scores as a whole; one count goes through."""
     monkeypatch.setattr(score, "SHARDS_PER_WAVE", 2)
-    whole = run_without_ray(make_spec("score.shard_rows=32", name="whole"))
-    run = attribute(make_spec("score.shard_rows=32"))
+    whole = run_without_ray(make_spec("score.shard_rows=1000", name="whole"))
+    run = attribute(tuned(make_spec("score.shard_rows=32", "resources.score.actors=3")))
     assert read_scores(whole).equals(read_scores(run))
     assert 1 == capsys.readouterr().err.count("score 5/5 shards  100%")
 
@@ -66,8 +59,7 @@ def test_no_gpu_where_one_is_asked_for_is_an_error(make_spec, ray_cluster):
     """No silent fallback to the CPU: tuning and scoring both say what is missing."""
     with pytest.raises(ClusterError, match=r"resources\.tune: asked for 1 x 1 GPU, the cluster has 0"):
         attribute(make_spec("resources.tune.gpus=1"))
-    spec = make_spec()
-    run_stage(spec, "tune")
+    tuned(make_spec())
     with pytest.raises(ClusterError, match=r"resources\.score: asked for 1 x 1 GPU, the cluster has 0"):
         run_stage(make_spec("resources.score.gpus=1"), "score")
     with pytest.raises(ClusterError, match=r"asked for 2 x 99 CPU"):
@@ -83,7 +75,7 @@ def test_errors_of_workers_come_home_as_they_were(make_spec, ray_cluster, world,
     path = tmp_path / "bad.parquet"
     pq.write_table(type(world.table()).from_pylist(table, schema=world.table().schema), path)
     with pytest.raises(InputError, match=r"1 of 150 rows could not be scored(.|\n)*row 3: pixels: got 2 values"):
-        attribute(make_spec(f"corpus.uri={path}", name="rejects"))
+        attribute(tuned(make_spec(f"corpus.uri={path}", name="rejects")))
     run = attribute(make_spec(f"corpus.uri={path}", "score.max_reject_fraction=0.01", name="rejects"))
     assert {"rows": 149, "rejects": 1} == {
         k: v for k, v in json.loads(Path(run.uri("_SUCCESS")).read_text()).items() if k[0] == "r"
