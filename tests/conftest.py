@@ -68,6 +68,7 @@ class World:
             "producer": {"name": "unlearn", "steps": 3},
             "score": {"shard_rows": 64, "batch_rows": 32},
             "rank": {"k": 5},
+            "resources": {"score": {"actors": 2}},
         }
 
 

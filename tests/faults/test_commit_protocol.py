@@ -117,7 +117,7 @@ class Protocol(RuleBasedStateMachine):
 
         With conditional PUTs, or (where a run is) as on a store that has none.
         """
-        self.extended = start == "grown"
+        self.extended, self.conditional = start == "grown", conditional
         for path, data in self.world.starts[start].items():
             kept = conditional or path != "run.yaml"
             storage.write_bytes(f"{self.uri}/{path}", data if kept else data.replace(b": create\n", b": put\n"))
@@ -142,7 +142,11 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: len(self.actors) < 4 and not self.damaged and is_ready(self.uri))
     @rule(place=st.integers(0, 20), quarantine=st.sampled_from([False, False, True]))
     def start_worker(self, place: int, quarantine: bool) -> None:
-        """An attempt at one shard that belongs to no driver (any more); perhaps the one that gives it up."""
+        """An attempt at one shard that belongs to no driver (any more); perhaps the one that gives it up.
+
+        Without conditional PUTs giving up is only tried while nobody else is at work: see decision 6.
+        """
+        quarantine = quarantine and (self.conditional or not self.actors)
         run = open_run(self.uri)
         works = [work for work in run.works() if set(work.query_ids) <= run.committed_queries()]
         work = works[place % len(works)]
@@ -154,6 +158,9 @@ class Protocol(RuleBasedStateMachine):
             scorer.quarantine(work, "its workers died") if quarantine else scorer.score(work)
 
         self.actor(self.passing if quarantine else self.workers, f"worker on {work.name}", attempt)
+        if quarantine and not self.conditional:
+            self.passing[-1].end()
+            self.reap()
 
     @precondition(lambda self: not self.drivers and not self.passing and not self.damaged and is_sealed(self.uri))
     @rule(what=st.sampled_from(["extend", "extend", "rank"]))
@@ -448,8 +455,9 @@ def sweep(world: World, extended: bool, fate: str, stride: int = 1) -> None:
         actor = Actor("driver", partial(command, world, uri, extended), uri)
         while not actor.done and requests:
             actor.step()
-            require_whole(everything(uri), uri)
             requests -= 1
+            if requests < stride:  # what was there before was looked at in an earlier round
+                require_whole(everything(uri), uri)
         if actor.done:
             assert actor.error is None
             return
@@ -466,13 +474,13 @@ def sweep(world: World, extended: bool, fate: str, stride: int = 1) -> None:
         (False, "torn", 47),
         (True, "crash before", 83),
         pytest.param(False, "crash before", 1, marks=pytest.mark.slow),
-        pytest.param(False, "torn", 1, marks=pytest.mark.slow),
-        pytest.param(True, "crash after", 1, marks=pytest.mark.slow),
+        pytest.param(False, "torn", 2, marks=pytest.mark.slow),
+        pytest.param(True, "crash after", 2, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.timeout(1800)
 def test_a_driver_that_dies_at_any_request_goes_on(world, extended, fate, stride):
-    """After every request of a run, and of an extension, what is committed is whole; the command again ends as undisturbed."""
+    """After every request, or every other, what is committed is whole; the command again ends as undisturbed."""
     with in_hand():
         sweep(world, extended, fate, stride)
 
@@ -508,4 +516,4 @@ def test_the_same_on_s3(world, s3, monkeypatch):
     """Conditional PUTs and listings of a real S3 server: the bytes are those of the undisturbed run on a local disk."""
     monkeypatch.setattr(world, "prefix", s3.prefix("protocol"))
     with in_hand():
-        look(world, max_examples=6, derandomize=False)
+        look(world, max_examples=3, derandomize=False)

@@ -68,20 +68,6 @@ def test_a_run_on_s3_writes_the_bytes_of_a_local_one(tree, make_spec):
     assert CORPUS_ROWS == yaml.safe_load(storage.read_bytes(run.uri("_SUCCESS")))["rows"]
 
 
-@pytest.mark.ray
-def test_workers_on_ray_write_the_same_bytes_to_s3(tree, ray_cluster, make_spec):
-    """Ray Train and Ray Data, several workers each, all on S3, and again: nothing is done twice."""
-    tree["resources"] = {"tune": {"workers": 2}, "score": {"actors": 2}}
-    run = attribute(parse_spec(tree))
-    local = run_without_ray(make_spec())
-    finish(local)
-    require_equal(run, local)
-    versions = {name: storage.stat(run.uri(name)) for name in products(run)}
-    again = attribute(parse_spec(tree))
-    assert versions == {name: storage.stat(again.uri(name)) for name in versions}
-    assert not any(name.startswith(".train") for name in storage.objects(run.uri()))
-
-
 @pytest.mark.slow
 def test_a_run_on_s3_is_opened_ranked_and_shown(tree, capsys):
     """`status`, `rank` and `show` need nothing but the URI."""
@@ -209,10 +195,17 @@ def test_what_is_wrong_with_a_store_is_said_in_seconds(what, s3, spec_path):
 
 
 @pytest.mark.ray
-def test_the_secret_is_nowhere(s3, spec_path, tree):
-    """After a whole run as a process, errors and all: in no object of the run, no line of output, no digest of a spec."""
+def test_a_whole_run_on_s3_and_the_secret_nowhere_in_it(s3, spec_path, tree, make_spec):
+    """As a process, all on S3, and again: the bytes of a local run, nothing done twice; in no object and no line the secret."""
     code, output, _ = command(spec_path.parent, "run", str(spec_path))
     assert 0 == code, output
+    run, local = open_run(tree["run"]["uri"]), run_without_ray(make_spec())
+    finish(local)
+    require_equal(run, local)
+    versions = {name: storage.stat(run.uri(name)) for name in products(run)}
+    attribute(parse_spec(tree))
+    assert versions == {name: storage.stat(run.uri(name)) for name in versions}
+    assert not any(name.startswith(".train") for name in storage.objects(run.uri()))
     outputs = [output, command(spec_path.parent, "status", tree["run"]["uri"])[1]]
     outputs.append(command(spec_path.parent, "plan", str(spec_path), AWS_ACCESS_KEY_ID="wrong")[1])
     found = storage.objects(tree["run"]["uri"])
