@@ -236,7 +236,7 @@ class Run(Folder):
     def _first_rejects(self) -> list[str]:
         for receipt in self.receipts():
             if receipt.rejects:
-                rows = self.read_shard(receipt, f"rejects/{receipt.name}.parquet").slice(0, MAX_REJECTS_SHOWN)
+                rows = self.read_shard(receipt, receipt.rejects_path).slice(0, MAX_REJECTS_SHOWN)
                 return [
                     f"{row['path']} row {row['row']}: {row['column']}: got {row['got']}, expected {row['expected']}"
                     for row in rows.to_pylist()

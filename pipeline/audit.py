@@ -30,7 +30,7 @@ _DATA = ("scores/", "partials/", "rejects/", "counterparts/")
 _OURS = (*_DATA, "commits/", "additions/", ".train-", ".probe-")
 """Where something that nobody names is a leaving of ours; what else lies in the folder is somebody's own."""
 _TEMPORARY = re.compile(r"(?:(?:topk|report|lake)/)?\.[^/]+\.[0-9a-f]{32}\.tmp")
-_ROWS = re.compile(r"(?:scores/[^/]+|rejects)/(shard-\d+(?:-addition-\d+)?)\.parquet")
+_ROWS = re.compile(r"(?:scores/[^/]+|rejects)/(shard-\d+(?:-addition-\d+)?)(?:-quarantined)?\.parquet")
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ class Finding:
         path: Object in the run's folder.
         what: What is wrong with it.
         commit: The commit to delete so that the next start makes it anew; null where that does not help.
+        stray: Whether it is rows of a shard whose commit does not name them: to be deleted itself.
     """
 
     path: str
     what: str
     commit: str | None = None
+    stray: bool = False
 
 
 @dataclass
@@ -118,7 +120,7 @@ def audit(run: Run, read_at_most: float = float("inf"), shown: bool = True) -> A
     }
     for path in found.orphans:  # of a shard that is committed: who reads the folder would count its rows twice
         if (rows := _ROWS.fullmatch(path)) and rows[1] in read:
-            found.damage.append(Finding(path, "is not named by the shard's commit", f"commits/{rows[1]}.json"))
+            found.damage.append(Finding(path, "is not named by the shard's commit", stray=True))
     return found
 
 
@@ -144,15 +146,16 @@ def mend(run: Run) -> None:
 
 
 def void(run: Run, damage: Sequence[Finding]) -> None:
-    """Delete the commits of what is damaged. Raises ArtifactError for damage that this does not mend; deletes nothing then."""
-    if hopeless := [finding for finding in damage if finding.commit is None]:
+    """Delete commits of what is damaged, and strays. Raises ArtifactError for what this does not mend; deletes nothing then."""
+    if hopeless := [finding for finding in damage if finding.commit is None and not finding.stray]:
         raise ArtifactError(
             f"{run.uri(hopeless[0].path)}: {hopeless[0].what}"
             + (f", and {len(hopeless) - 1} more like it" if len(hopeless) > 1 else ""),
             "`mirrorscope verify` lists all of it",
         )
     for finding in damage:
-        say(f"warning: {run.uri(finding.path)}: {finding.what}; it is made anew")
+        say(f"warning: {run.uri(finding.path)}: {finding.what}; it is {'deleted' if finding.stray else 'made anew'}")
+    parallel(lambda path: storage.remove(run.uri(path)), [finding.path for finding in damage if finding.stray])
     run.void(list(dict.fromkeys(finding.commit for finding in damage if finding.commit)))
 
 
@@ -162,10 +165,8 @@ def collect(run: Run, older_than_s: float, dry: bool = False) -> dict[str, Store
     Young ones may belong to a worker that has not committed yet. Raises ArtifactError for a damaged run: deletes nothing then.
     """
     found = audit(run, read_at_most=-1)
-    if found.damage:
-        raise ArtifactError(
-            f"{run.uri()}: {len(found.damage)} things are damaged", "mend it first: see `mirrorscope verify`"
-        )
+    if damage := [finding for finding in found.damage if not finding.stray]:
+        raise ArtifactError(f"{run.uri()}: {len(damage)} things are damaged", "mend it first: see `mirrorscope verify`")
     before_s = time.time() - older_than_s
     old = {path: each for path, each in found.orphans.items() if each.modified_s <= before_s}
     if not dry:
@@ -234,7 +235,7 @@ class _Look:
 def _wrong_counts(receipt: Receipt, work: Work) -> Iterator[str]:
     if receipt.rows + receipt.rejects != work.shard.rows:
         yield f"{receipt.rows:,} scored + {receipt.rejects:,} rejected rows, expected {work.shard.rows:,}"
-    wanted = {f"rejects/{work.name}.parquet"} if receipt.rejects else set()
+    wanted = {receipt.rejects_path} if receipt.rejects else set()
     if not receipt.quarantined:
         wanted |= {f"scores/{partition(query_id)}/{work.name}.parquet" for query_id in work.query_ids}
         wanted.add(f"partials/topk/{receipt.partial}")

@@ -18,7 +18,7 @@ from .extensions import load_model, load_task
 from .folder import parallel, partition
 from .importing import user_code
 from .records import REJECTS, SCORES, Reject, Shard
-from .works import Receipt, Work, Written, partial_name
+from .works import Receipt, Work, Written, partial_name, rejects_path
 
 if TYPE_CHECKING:
     from .engine import Losses
@@ -98,7 +98,7 @@ class ShardScorer:
         started_at_s, shard = time.time(), work.shard
         rows = range(shard.row_start, shard.row_start + shard.rows)
         rejects = [Reject(row, "shard", reason, "a shard that can be scored") for row in rows]
-        path = f"rejects/{work.name}.parquet"
+        path = rejects_path(work.name, quarantined=True)
         files = {path: self._run.write_table(_rejects_table(shard, rejects), path)}
         return self._commit(work, started_at_s, 0.0, 0, shard.rows, files, quarantined=reason)
 
@@ -130,10 +130,14 @@ class ShardScorer:
         )
         standing = self._run.commit(receipt)
         if (
-            standing.quarantined is not None
-        ):  # scores that an attempt left, this one or one that died, count its rows twice
+            standing.quarantined is not None or quarantined
+        ):  # two kinds of attempts, of which one may have died or come late
             paths = [f"scores/{partition(query_id)}/{work.name}.parquet" for query_id in work.query_ids]
-            parallel(lambda path: storage.remove(self._run.uri(path)), paths)
+            paths += [rejects_path(work.name, each) for each in (False, True)]
+            twice = [
+                path for path in paths if path not in standing.files
+            ]  # who reads the folder would count them again
+            parallel(lambda path: storage.remove(self._run.uri(path)), twice)
         return standing
 
     def _losses(self, work: Work, examples: Examples) -> Losses:
@@ -159,7 +163,7 @@ class ShardScorer:
         if sums:
             tables[f"partials/sources/{partial}"] = pa.concat_tables(sums)
         if examples.rejects:
-            tables[f"rejects/{name}"] = _rejects_table(work.shard, examples.rejects)
+            tables[rejects_path(work.name, quarantined=False)] = _rejects_table(work.shard, examples.rejects)
         return {path: self._run.write_table(table, path) for path, table in tables.items()}
 
     def _scores(self, work: Work, examples: Examples, losses: Losses, q: int) -> pa.Table:

@@ -68,6 +68,11 @@ class Receipt:
         """Name of its partials: it says what is in them, so that two that rank differently never write over each other's."""
         return partial_name(self.name, self.k, self.transform)
 
+    @property
+    def rejects_path(self) -> str:
+        """Path of its rejects in the run's folder, if it has any."""
+        return rejects_path(self.name, self.quarantined is not None)
+
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
@@ -173,6 +178,11 @@ class Work:
     def name(self) -> str:
         """File stem of everything it writes."""
         return work_name(self.addition, self.shard.shard_id)
+
+
+def rejects_path(name: str, quarantined: bool) -> str:
+    """Path of a shard's rejects: of a quarantined one by another name, so that neither is ever written over the other."""
+    return f"rejects/{name}{'-quarantined' if quarantined else ''}.parquet"
 
 
 def partial_name(name: str, k: int, transform: str) -> str:

@@ -113,6 +113,6 @@ def rejected_rows(run: Run) -> Counter[_Key]:
     found: Counter[_Key] = Counter()
     for receipt in run.receipts():
         if receipt.rejects:
-            rows = run.read_shard(receipt, f"rejects/{receipt.name}.parquet").to_pylist()
+            rows = run.read_shard(receipt, receipt.rejects_path).to_pylist()
             found.update((query_id, Path(row["path"]).name, row["row"]) for row in rows for query_id in run.query_ids)
     return found

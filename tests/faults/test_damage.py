@@ -109,7 +109,7 @@ def test_a_corrupt_corpus_file_is_quarantined_where_it_cannot_be_read(
     assert f"shard-000003: {SHARD_ROWS} rows: {corpus}/part-050.parquet" in said
     assert 0 == start("--set", "score.max_reject_fraction=0.2"), capsys.readouterr().err
     run = open_run(spec.run.uri)
-    rejects = run.read_shard(run.receipt(0, 3), "rejects/shard-000003.parquet").to_pylist()
+    rejects = run.read_shard(run.receipt(0, 3), "rejects/shard-000003-quarantined.parquet").to_pylist()
     assert [(25 + i, "part-050.parquet") for i in range(SHARD_ROWS)] == [
         (r["row"], Path(r["path"]).name) for r in rejects
     ]

@@ -16,6 +16,7 @@ from pipeline.scorer import ShardScorer
 from tests.faults.stepped import Actor, in_hand
 from tests.small import Small, one_thread, products, work_off
 
+STRAY = "rejects/shard-000000-quarantined.parquet"
 CHEAP = ("corpus.source=null", "corpus.check_ids=false")
 
 
@@ -55,6 +56,30 @@ def test_a_shard_that_was_quarantined_meanwhile_keeps_no_scores(small, tmp_path,
     assert (0, work.shard.rows) == (receipt.rows, receipt.rejects)
     found = audit(run)
     assert [] == found.damage
+
+
+def test_a_shard_that_was_scored_meanwhile_keeps_no_quarantine(small, tmp_path):
+    """Whoever quarantines it wakes after its commit, or dies before: scores stand; the rows are not in rejects/ as well."""
+    run = work_off(freeze(small.spec(tmp_path / "run", *CHEAP)))
+    before = objects(run)
+    run.void(["commits/shard-000000.json"])
+    work, scorer = run.work(0, 0), ShardScorer(run, "cpu")
+    with in_hand():
+        slow, dying = (Actor(name, lambda: scorer.quarantine(work, "its workers died"), run.uri()) for name in "ab")
+        for actor in (slow, dying):
+            while not actor.at.endswith("commits/shard-000000.json") or not storage.exists(run.uri(STRAY)):
+                actor.step()
+        scorer.score(work)
+        slow.end()
+        assert not storage.exists(run.uri(STRAY))
+        storage.write_bytes(run.uri(STRAY), b"what the other one left")
+        dying.step("crash before")
+    assert [(STRAY, True)] == [(finding.path, finding.stray) for finding in audit(run).damage]
+    scored = objects(run)["commits/shard-000000.json"]
+    after = objects(work_off(open_run(run.uri())))
+    assert products(before) == products(after)
+    assert scored == after["commits/shard-000000.json"], "nothing had to be scored again"
+    assert [] == audit(run).damage
 
 
 def test_scores_under_another_counterpart_are_found_and_made_anew(small, tmp_path):

@@ -68,7 +68,7 @@ def test_a_poison_shard_is_quarantined_and_the_rest_is_scored(
     run = attribute(tolerant)
     assert 3 == len(came(log)), "what is tolerated is not tried again"
     assert "warning: 1 of 10 shards are quarantined" in capsys.readouterr().err
-    rejects = run.read_shard(run.receipt(0, 5), "rejects/shard-000005.parquet").to_pylist()
+    rejects = run.read_shard(run.receipt(0, 5), "rejects/shard-000005-quarantined.parquet").to_pylist()
     assert list(range(row, row + SHARD_ROWS)) == [each["row"] for each in rejects]
     assert all("workers died or stalled on it" in each["got"] for each in rejects)
     seconds = run.receipt(0, 5).finished_at_s - came(log)[0][0]

@@ -341,7 +341,7 @@ def test_a_quarantined_shard_leaves_no_scores(run, small):
     receipt = ShardScorer(run, "cpu").quarantine(run.work(0, 1), "its workers died")
     assert (0, 4) == (receipt.rows, receipt.rejects)
     assert SCORES not in objects(run)
-    assert ["its workers died"] * 4 == pq.read_table(run.uri(REJECTS))["got"].to_pylist()
+    assert ["its workers died"] * 4 == pq.read_table(run.uri(receipt.rejects_path))["got"].to_pylist()
 
 
 def test_a_scored_shard_is_not_quarantined_any_more(run):
@@ -358,7 +358,7 @@ def test_a_quarantined_shard_is_tried_again_and_leaves_no_rejects(run, small):
     remove(run, "_SUCCESS")
     remove(run, "commits/shard-000000.json")
     ShardScorer(run, "cpu").quarantine(run.work(0, 0), "its workers died")
-    assert "rejects/shard-000000.parquet" in objects(run)
+    assert "rejects/shard-000000-quarantined.parquet" in objects(run)
     again = work_off(freeze(small.spec(run.uri(), *CHEAP)))
     assert products(before) == products(objects(again))
 
