@@ -77,13 +77,16 @@ def rank(
     k: Annotated[int | None, typer.Option("--k", min=1, help="Proponents, and opponents, per query.")] = None,
     transform: Annotated[Transform | None, typer.Option(help="signed, absolute, or relative to the base loss.")] = None,
     eps: Annotated[float | None, typer.Option(min=1e-12, help="Added to the base loss by `relative`, in nats.")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(min=1e-9, max=1, help="Also write topk/selected/: this top share of every source.")
+    ] = None,
 ) -> None:
     """Rank again with another k or transform, without scoring again."""
     from pipeline.run import rerank
 
     from . import display
 
-    given = {"k": k, "transform": transform.value if transform else None, "eps": eps}
+    given = {"k": k, "transform": transform.value if transform else None, "eps": eps, "fraction": fraction}
     display.show_run(rerank(run_uri, [f"rank.{name}={value}" for name, value in given.items() if value is not None]))
 
 
@@ -96,9 +99,9 @@ def extend(
     ] = None,
 ) -> None:
     """Add queries or newly arrived corpus files to a finished run; scores only what is new and ranks again."""
-    from pipeline.choices import without_password
     from pipeline.errors import SpecError
     from pipeline.run import grow
+    from pipeline.sections import without_password
 
     from . import display
 
@@ -197,13 +200,27 @@ def show(
     run_uri: RunArgument,
     query: Annotated[str | None, typer.Option("--query", help="Only this query_id.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Rows per query and side.")] = 3,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens", help="Texts: also write a page of them with each token shaded by its change. Loads the model."
+        ),
+    ] = False,
 ) -> None:
     """Show a ranked run: the table, and where its picture and Parquet are."""
+    from pipeline.errors import SpecError
     from pipeline.frozen import open_run
 
     from . import display
 
-    display.show_run(open_run(run_uri), query, top)
+    opened = open_run(run_uri)
+    if tokens and query is None:
+        raise SpecError("show --tokens: of which query?", "give --query QUERY_ID")
+    display.show_run(opened, query, top)
+    if tokens and query is not None:
+        from pipeline.shading import shade
+
+        display.show_place("tokens", shade(opened, query, top))
 
 
 @app.command()

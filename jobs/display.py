@@ -15,7 +15,7 @@ from pipeline.audit import Audit
 from pipeline.errors import InputError, SpecError
 from pipeline.plan import Plan
 from pipeline.publish import Published
-from pipeline.report import of, plain_payload
+from pipeline.report import number_columns, of, plain_payload
 
 SHOWN = 3
 ORPHANS_SHOWN = 20
@@ -40,27 +40,32 @@ def show_run(run: Run, query: str | None = None, top: int = SHOWN) -> None:
         raise InputError(f"{run.uri()} has no query {query!r}; it has {', '.join(run.query_ids[:20])}")
     plain = plain_payload(ranked)
     table = Table(title=f"{meta['examples']:,} examples, {meta['transform']} score", title_justify="left")
-    for name in ("query", "side", "rank", "example_id", *plain, "value", "score", "base_loss", "counterpart_loss"):
+    numbers = number_columns(ranked.schema.names)
+    for name in ("query", "side", "rank", "example_id", *plain, *numbers):
         table.add_column(name, justify="left" if name in ("query", "side", "example_id", *plain) else "right")
     for query_id in (query,) if query is not None else run.query_ids:
         for side in ("proponent", "opponent"):
             for row in of(ranked, query_id, side)[:top]:
-                table.add_row(*_cells(row, plain))
+                table.add_row(*_cells(row, plain, numbers))
         table.add_section()
     out = console()
     out.print(table)
     _places(run, out)
 
 
-def _cells(row: dict[str, Any], plain: list[str]) -> list[str]:
-    numbers = [f"{row[name]:.4g}" for name in ("value", "score", "base_loss", "counterpart_loss")]
+def show_place(what: str, uri: str) -> None:
+    """Where something is."""
+    console().print(f"{what:<15}{uri}", soft_wrap=True)
+
+
+def _cells(row: dict[str, Any], plain: list[str], numbers: list[str]) -> list[str]:
     return [
         row["query_id"],
         row["side"],
         str(row["rank"]),
         row["example_id"],
         *(str(row[name]) for name in plain),
-        *numbers,
+        *(f"{row[name]:.4g}" for name in numbers),
     ]
 
 
@@ -205,7 +210,7 @@ def _state(done: int, total: int) -> str:
 
 def show_fields(section: str | None) -> None:
     """Every field of the spec. Raises SpecError for a section that there is not."""
-    from pipeline.choices import unknown_word
+    from pipeline.sections import unknown_word
     from pipeline.specfile import sections_of
 
     sections = sections_of()

@@ -14,6 +14,8 @@ TABLES = (
     ("topk/ranked.parquet", records.RANKED,
      "The strongest examples of each query on each side; behind these columns, the payload columns of the corpus."),
     ("topk/sources.parquet", records.SOURCES, "One row per query and source."),
+    ("topk/selected/query_id=Q/part-NNNNN.parquet", records.SELECTED,
+     "With `rank.fraction`: the share of every source's examples that a filter keeps, highest value first within the source."),
     ("rejects/shard-NNNNNN.parquet", records.REJECTS, "One row per example that could not be scored."),
     ("manifest.parquet", records.MANIFEST, "The corpus as it was frozen, one row per shard."),
 )  # fmt: skip

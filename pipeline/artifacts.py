@@ -62,6 +62,11 @@ class Run(Folder):
         return self.shards.rows
 
     @property
+    def per_token(self) -> bool:
+        """Whether losses are means over the tokens of a text."""
+        return getattr(self.spec.task, "reduction", None) == "mean"
+
+    @property
     def mending(self) -> str:
         """What to do about something damaged, for hints."""
         return f"`mirrorscope verify --mend {self.uri()}`, then the run's command again: what is damaged is made anew"

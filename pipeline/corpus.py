@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from . import storage
-from .choices import unknown_word
 from .decode import decode, type_problem
 from .errors import InputError, SpecError
 from .extensions import load_format
 from .formats.base import Format, corpus_root, find_files, relative_path
 from .records import Column, Measured, Reject, Rows, Shard, SourceFile
+from .sections import unknown_word
 from .spec import CorpusSection
 
 LISTING_THREADS = 16
@@ -43,6 +43,7 @@ class Examples:
         row_N: Position of each in its file.
         arrays: Task column -> [N, *shape].
         rejects: The shard's other rows.
+        num_tokens_N: Tokens of each whose loss counts; null where examples are no texts.
     """
 
     example_id_N: pa.Array
@@ -50,6 +51,27 @@ class Examples:
     row_N: np.ndarray
     arrays: dict[str, np.ndarray]
     rejects: list[Reject]
+    num_tokens_N: np.ndarray | None = None
+
+    def without(self, bad: Mapping[int, tuple[str, str, str]]) -> Examples:
+        """These less some, which become rejects.
+
+        Args:
+            bad: Position -> column, what was got in it, what was expected.
+        """
+        if not bad:
+            return self
+        good_N = np.ones(len(self.row_N), bool)
+        good_N[list(bad)] = False
+        rejects = [Reject(int(self.row_N[i]), *why, example_id=self.example_id_N[i].as_py()) for i, why in bad.items()]
+        return Examples(
+            example_id_N=self.example_id_N.filter(pa.array(good_N)),
+            source_N=self.source_N.filter(pa.array(good_N)),
+            row_N=self.row_N[good_N],
+            arrays={name: array[good_N] for name, array in self.arrays.items()},
+            rejects=sorted([*self.rejects, *rejects], key=lambda reject: reject.row),
+            num_tokens_N=None if self.num_tokens_N is None else self.num_tokens_N[good_N],
+        )
 
 
 class Corpus:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .records import Column, Reject
+from .records import LANGUAGE, Column, Reject
 
 SHOW_CHARS = 60
 
@@ -52,6 +52,8 @@ def decode(
 
 def _column(table: pa.Table, column: Column) -> tuple[np.ndarray, dict[int, str]]:
     """Array [N, *shape] with zeros where a row is bad, and what was got in each bad row."""
+    if column.dtype in LANGUAGE:
+        return _language(table[column.columns[0]].combine_chunks(), column.dtype)
     if len(column.columns) == 1:
         return _values(table[column.columns[0]].combine_chunks(), column)
     scalar = Column(column.name, (), column.dtype)
@@ -62,6 +64,48 @@ def _column(table: pa.Table, column: Column) -> tuple[np.ndarray, dict[int, str]
         parts.append(part_N)
         bad = {**{i: f"{name}: {got}" for i, got in part_bad.items()}, **bad}
     return np.stack(parts, axis=-1).reshape(len(table), *column.shape), bad
+
+
+def _language(values: pa.Array, kind: str) -> tuple[np.ndarray, dict[int, str]]:
+    """Texts, conversations or token ids as they are: [N] objects, and what was got in each bad row."""
+    check = {"text": _a_text, "messages": _a_conversation, "tokens": _token_ids}[kind]
+    out = np.empty(len(values), object)
+    bad: dict[int, str] = {}
+    for i, value in enumerate(values.to_pylist()):
+        try:
+            out[i] = check(value)
+        except ValueError as error:
+            bad[i] = str(error)
+    return out, bad
+
+
+def _a_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("null" if value is None else _shorten(repr(value)))
+    if not value.strip():
+        raise ValueError(f"an empty text {value[:SHOW_CHARS]!r}")
+    return value
+
+
+def _a_conversation(value: Any) -> list[dict[str, Any]]:
+    messages = _parsed(value) if isinstance(value, str) else value
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("null" if value is None else _shorten(repr(value)))
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"a message without role: {_shorten(repr(message))}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"a message without content: {_shorten(repr(message))}")
+    return messages
+
+
+def _token_ids(value: Any) -> list[int]:
+    ids = _parsed(value) if isinstance(value, str) else value
+    if not isinstance(ids, list) or not ids:
+        raise ValueError("null" if value is None else _shorten(repr(value)))
+    if wrong := [each for each in ids if not isinstance(each, int) or isinstance(each, bool)]:
+        raise ValueError(f"{_shorten(repr(wrong[0]))} among the token ids")
+    return ids
 
 
 def _values(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str]]:
@@ -221,6 +265,10 @@ def _shorten(text: str) -> str:
 
 def type_problem(kind: pa.DataType, column: Column) -> str:
     """Why a column of this Arrow type can never be decoded; empty if it can, or if only its rows can tell."""
+    if column.dtype in LANGUAGE:
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        fits = is_text or pa.types.is_null(kind) or (column.dtype != "text" and _is_list(kind))
+        return "" if fits else f"got {kind}, expected {column.expected}"
     leaf, depth = kind, 0
     while _is_list(leaf):
         leaf, depth = leaf.value_type, depth + 1

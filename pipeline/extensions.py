@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from . import formats, loaders, producers, tasks
+from .batches import Arrays, Inputs
 from .choices import ModelSection, ProducerSection, TaskSection
 from .formats.base import Format
 from .importing import construct, user_code
@@ -31,9 +34,20 @@ def load_task(section: TaskSection) -> Task:
     return cast("Task", construct(section.implementation, tasks.BUILTIN, section.keywords, "task"))
 
 
+def prepared(task: Task, arrays: Mapping[str, np.ndarray]) -> Inputs:
+    """Decoded columns as the task's model takes them: texts as tokens, else as it is. Raises what its `encode` does."""
+    encode = getattr(task, "encode", None)
+    return cast("Inputs", Arrays(arrays) if encode is None else encode(arrays))
+
+
 def load_producer(section: ProducerSection) -> Producer:
     """The producer a spec names. Raises SpecError."""
     return cast("Producer", construct(section.implementation, producers.BUILTIN, section.keywords, "producer"))
+
+
+def needs_query(producer: Producer) -> bool:
+    """Whether a producer tunes on queries; one that does not has a single counterpart."""
+    return bool(getattr(producer, "needs_query", True))
 
 
 def load_model(section: ModelSection, device: str, seed: int) -> Module:

@@ -9,7 +9,6 @@ Next: tune.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -19,17 +18,19 @@ import pyarrow.compute as pc
 from . import storage
 from .artifacts import Run
 from .corpus import Corpus, open_format, payload_names, require_free_names
-from .errors import ArtifactError, InputError
-from .extensions import load_loader, load_producer, load_task
+from .digests import MODEL_URIS, input_digests, queries_digest
+from .errors import ArtifactError, InputError, SpecError
+from .extensions import load_loader, load_producer, load_task, needs_query
 from .folder import partition
 from .formats.base import corpus_root, relative_path
 from .frozen import create_addition, create_run, is_run, open_run, save_spec
 from .importing import user_code
 from .observe import say
 from .plan import Plan, added_fingerprint, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
-from .queries import read_queries
-from .records import RANKED, Shard, SourceFile
-from .spec import QueriesSection, Resolved, Spec
+from .queries import query_inputs, read_queries
+from .records import RANKED
+from .sections import Section
+from .spec import Resolved, Spec
 from .specfile import changed_fields
 from .works import Addition, Manifest
 
@@ -92,17 +93,27 @@ def _is_begun(run_uri: str) -> bool:
 def _survey(spec: Spec) -> Run:
     """The run that a spec describes, from its inputs alone."""
     with user_code(f"task: {spec.task.implementation}"):
-        columns = load_task(spec.task).columns()
-    load_producer(spec.producer)
+        task = load_task(spec.task)
+        columns = task.columns()
+    producer = load_producer(spec.producer)
     load_loader(spec.model)
     corpus = Corpus(spec.corpus)
     measured = corpus.measure(corpus.list_files(), columns)
-    queries = read_queries(spec.queries, columns, corpus.resolved.classes)
+    if spec.queries is not None:
+        queries = read_queries(spec.queries, columns, corpus.resolved.classes)
+        query_inputs(queries, columns, task)
+    elif needs_query(producer):
+        raise SpecError(
+            f"queries: missing; producer {spec.producer.implementation} tunes on them",
+            "name a file of rows to ask about",
+        )
+    else:
+        queries = pa.table({"query_id": [spec.producer.implementation]})
     query_ids = _query_ids(queries)
     rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)
     resolved = _resolve(spec, corpus, rows_each)
-    digests = _digests(resolved, shards)
+    digests = input_digests(resolved, shards)
     _require_same_inputs(spec, digests)
     frozen = Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, versions=_versions())
     resolved = resolved.model_copy(update={"resolved": frozen})
@@ -124,40 +135,20 @@ def _query_ids(queries: pa.Table) -> tuple[str, ...]:
 
 def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
     """The spec with nothing left to find out: absolute URIs, formats, classes, shard size."""
-    queries = spec.queries
-    _, queries_format = open_format(queries.uri, queries.format, corpus.resolved.classes)
-    update = {
+    update: dict[str, Section] = {
         "run": spec.run.model_copy(update={"uri": storage.absolute(spec.run.uri)}),
         "corpus": corpus.resolved,
-        "queries": queries.model_copy(update={"uri": storage.absolute(queries.uri), "format": queries_format}),
         "score": spec.score.model_copy(update={"shard_rows": rows_each}),
     }
-    if spec.model.weights_uri is not None:
-        update["model"] = spec.model.model_copy(update={"weights_uri": storage.absolute(spec.model.weights_uri)})
+    if queries := spec.queries:
+        _, queries_format = open_format(queries.uri, queries.format, corpus.resolved.classes)
+        found = {"uri": storage.absolute(queries.uri), "format": queries_format}
+        update["queries"] = queries.model_copy(update=found)
+    for section, fields in MODEL_URIS.items():
+        given = {name: uri for name in fields if (uri := getattr(getattr(spec, section), name, None)) is not None}
+        absolute = {name: storage.absolute(uri) for name, uri in given.items()}
+        update[section] = getattr(spec, section).model_copy(update=absolute)
     return spec.model_copy(update=update)
-
-
-def _digests(spec: Spec, shards: Sequence[Shard]) -> dict[str, str]:
-    root = corpus_root(spec.corpus.uri)
-    relative = {path: relative_path(path, root) for path in {shard.path for shard in shards}}
-    digests = {
-        "queries": _queries_digest(spec.queries, spec.corpus.classes),
-        "corpus": corpus_digest(shards, relative),
-    }
-    if spec.model.weights_uri is not None:
-        digests["weights"] = storage.file_digest(spec.model.weights_uri)
-    return digests
-
-
-def _queries_digest(section: QueriesSection, classes: Sequence[str] | None) -> str:
-    reader, _ = open_format(section.uri, section.format, classes)
-    contents = [digest for file in reader.files(section.uri) for digest in _content_digests(file)]
-    return storage.bytes_digest("\n".join(contents).encode())
-
-
-def _content_digests(file: SourceFile) -> list[str]:
-    paths = [file.path] if file.members is None else [f"{file.path}/{member}" for member in file.members]
-    return [storage.file_digest(path) for path in paths]
 
 
 def _versions() -> dict[str, str]:
@@ -186,7 +177,7 @@ def _reopen(spec: Spec) -> Run:
     rows_each = spec.score.shard_rows or run.spec.score.shard_rows
     assert rows_each is not None
     wanted = _resolve(spec, corpus, rows_each)
-    digests = _digests(wanted, run.shards[: run.additions[0].stop_shard])
+    digests = input_digests(wanted, run.shards[: run.additions[0].stop_shard])
     changes = changed_fields(identity(run.spec), identity(wanted))
     changes += [
         f"{name}: the file's contents" for name, old in run.resolved.digests.items() if digests.get(name) != old
@@ -285,11 +276,14 @@ def _require_finished(run: Run) -> None:
 
 def _new_queries(run: Run, uri: str) -> tuple[pa.Table | None, str | None]:
     """Rows of queries to add and the digest of their files; nothing for what was added before."""
+    if run.spec.queries is None:
+        raise SpecError(f"{run.uri()} has no queries: producer {run.spec.producer.implementation} tunes on none")
     section = run.spec.queries.model_copy(update={"uri": uri, "format": "auto"})
-    digest = _queries_digest(section, run.spec.corpus.classes)
+    digest = queries_digest(section, run.spec.corpus.classes)
     if digest in {run.resolved.digests["queries"], *(addition.queries_digest for addition in run.additions)}:
         return None, None
     queries = read_queries(section, run.columns, run.spec.corpus.classes)
+    query_inputs(queries, run.columns, load_task(run.spec.task))
     if known := [query_id for query_id in _query_ids(queries) if query_id in run.query_ids]:
         raise InputError(
             f"{uri}: {len(known)} query ids are in the run already, first {known[0]!r}",

@@ -37,7 +37,7 @@ class Plan:
         queries: Counterparts to make.
         query_rows: Rows of all queries together.
         forward_passes: Examples through a model in stage score: one base pass and one per query.
-        objects: Objects written by all stages, without rejects; one less where examples are no pictures.
+        objects: Objects written by all stages, without rejects and selections; one less where examples are no pictures.
         score_bytes: Rough size of scores/ on the store.
     """
 

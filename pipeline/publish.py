@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from . import storage
 from .artifacts import Run
 from .errors import ArtifactError
-from .records import SCORES
+from .records import SCORES, stored
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
@@ -135,7 +135,7 @@ def _scores(run: Run) -> Content:
         for path, written in receipt.files.items()
         if path.startswith("scores/")
     }
-    return Content("scores", SCORES, "query_id", files)
+    return Content("scores", stored(SCORES, run.per_token), "query_id", files)
 
 
 def _ranking(run: Run) -> Content:

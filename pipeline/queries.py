@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,14 @@ from . import storage
 from .corpus import as_text, check_columns, concat_rows, open_format
 from .decode import decode
 from .errors import InputError
+from .extensions import prepared
 from .plan import make_shards
 from .records import Column
 from .spec import QueriesSection
+
+if TYPE_CHECKING:
+    from .batches import Inputs
+    from .tasks.base import Task
 
 WHOLE_FILE_ROWS = 1 << 62
 
@@ -61,12 +67,22 @@ def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Se
     return concat_rows(tables)
 
 
-def decode_queries(table: pa.Table, columns: Sequence[Column]) -> dict[str, dict[str, np.ndarray]]:
-    """Query id -> task column -> [rows of the query, *shape], in order of first appearance.
+def query_inputs(table: pa.Table, columns: Sequence[Column], task: Task) -> dict[str, Inputs]:
+    """Query id -> its rows as the task's model takes them, in order of first appearance.
 
     Raises:
-        InputError: A row cannot be decoded.
+        InputError: A row cannot be decoded, or is no text that the model can read.
     """
+    found = {}
+    for query_id, arrays in _decoded(table, columns).items():
+        found[query_id] = prepared(task, arrays)
+        for row, got in found[query_id].bad.items():
+            raise InputError(f"query {query_id!r}, row {row}: got {got}, expected tokens that can be scored")
+    return found
+
+
+def _decoded(table: pa.Table, columns: Sequence[Column]) -> dict[str, dict[str, np.ndarray]]:
+    """Query id -> task column -> [rows of the query, *shape]."""
     arrays, good_N, rejects = decode(table, np.arange(len(table)), columns)
     if not good_N.all():
         raise InputError(f"queries.parquet row {rejects[0].row}: got {rejects[0].got}, expected {rejects[0].expected}")

@@ -19,8 +19,9 @@ from .artifacts import Run
 from .corpus import Corpus, concat_rows, payload_names
 from .folder import parallel, partition
 from .observe import say
-from .records import RANKED, SOURCES
+from .records import RANKED, SOURCES, as_stored
 from .scorefile import ScoreFile
+from .selection import select
 from .works import Receipt
 
 SHARDS_AT_ONCE = 256
@@ -48,9 +49,10 @@ def rank(run: Run) -> pa.Table:
     if section.k > scored:
         say(f"rank.k is {section.k:,} but {scored:,} examples were scored: all of them are listed")
     payload = payload_names(run.spec.corpus, run.columns)
-    ranked = _with_payload(run, topk.with_rank(merging.top()), payload)
+    ranked = as_stored(_with_payload(run, topk.with_rank(merging.top()), payload), run.per_token)
     tables = {"ranked.parquet": ranked, "sources.parquet": merging.sources}
     written = {name: run.write_table(table, "topk", name)["sha256"] for name, table in tables.items()}
+    written |= select(run)
     meta = {
         "k": section.k,
         "transform": topk.transform_name(section.transform, section.eps),

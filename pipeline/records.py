@@ -45,6 +45,7 @@ _SCORE_TEXT = (
     "`direction * (counterpart_loss - base_loss)`, subtracted before rounding; higher = more helpful to the query."
 )
 _SCORE = ("score", pa.float32(), False, _SCORE_TEXT)
+_NUM_TOKENS = ("num_tokens", pa.int32(), True, "Tokens whose loss counts; null where examples are no texts.")
 _SHARD_ID = ("shard_id", pa.int32(), False, "Shard of the manifest that holds the example.")
 _ROW = ("row", pa.int64(), False, "Position of the example in its corpus file, from 0.")
 _VALUE = ("value", pa.float32(), False, "The score after the transform named in topk/meta.json; what is sorted.")
@@ -55,12 +56,12 @@ _SIDE = ("side", pa.string(), False, "`proponent` (high value) or `opponent` (lo
 _PARTITION = ("query_id", pa.dictionary(pa.int32(), pa.string()), False, _QUERY_ID[3])
 
 SCORES = _schema(
-    _EXAMPLE_ID, _SOURCE, _PARTITION, _BASE_LOSS, _COUNTERPART_LOSS, _SCORE, _SHARD_ID, _ROW
+    _EXAMPLE_ID, _SOURCE, _PARTITION, _BASE_LOSS, _COUNTERPART_LOSS, _SCORE, _NUM_TOKENS, _SHARD_ID, _ROW
 )  # fmt: skip
 """scores/query_id=Q/shard-NNNNNN.parquet: one row per scored example, highest score first (equal ones in corpus order)."""
 
 PARTIAL_TOPK = _schema(
-    _QUERY_ID, _SIDE, _EXAMPLE_ID, _SOURCE, _VALUE, _SCORE, _BASE_LOSS, _COUNTERPART_LOSS, _SHARD_ID, _ROW
+    _QUERY_ID, _SIDE, _EXAMPLE_ID, _SOURCE, _VALUE, _SCORE, _BASE_LOSS, _COUNTERPART_LOSS, _NUM_TOKENS, _SHARD_ID, _ROW
 )  # fmt: skip
 """partials/topk/shard-NNNNNN.parquet: the k strongest on each side, per query, of one shard."""
 
@@ -79,6 +80,17 @@ SOURCES = _schema(
     ("top_value", pa.float32(), False, "That example's value."),
 )
 """topk/sources.parquet, and per shard partials/sources/shard-NNNNNN.parquet."""
+
+SELECTED = _schema(
+    _QUERY_ID,
+    _SOURCE,
+    _EXAMPLE_ID,
+    _VALUE,
+    ("place", pa.int64(), False, "1 = highest value of its source; ties by example_id."),
+    _SHARD_ID,
+    _ROW,
+)
+"""topk/selected/query_id=Q/part-NNNNN.parquet: the top `rank.fraction` of every source's examples."""
 
 REJECTS = _schema(
     _SHARD_ID,
@@ -105,6 +117,36 @@ MANIFEST = _schema(
 """manifest.parquet: the corpus frozen once, one row per shard."""
 
 
+LOSSES = ("base_loss", "counterpart_loss")
+"""Columns of losses. Where a loss is a mean over tokens, `stored` says so in their names."""
+
+
+def stored(schema: pa.Schema, per_token: bool) -> pa.Schema:
+    """A schema as it is written: losses (and the score) that are means over tokens say so in name and unit."""
+    if not per_token:
+        return schema
+    fields = []
+    for field in schema:
+        if field.name in (*LOSSES, "score"):
+            field = field.with_metadata({**field.metadata, b"unit": b"nats per token"})
+        fields.append(field.with_name(f"{field.name}_per_token") if field.name in LOSSES else field)
+    return pa.schema(fields)
+
+
+def as_stored(table: pa.Table, per_token: bool) -> pa.Table:
+    """A table as it is written: see `stored`."""
+    schema = stored(table.schema, per_token)
+    return table.rename_columns(schema.names).cast(schema)
+
+
+LANGUAGE = {
+    "text": "a text that is not empty",
+    "messages": "a list of messages, each with role and content",
+    "tokens": "a list of token ids",
+}
+"""Kinds of columns that a language task reads: what is expected in them."""
+
+
 @dataclass(frozen=True)
 class Column:
     """What one model input of one example looks like, and where it comes from.
@@ -112,7 +154,8 @@ class Column:
     Args:
         name: Key under which the task finds it in a batch.
         columns: The corpus column it is read from; several numeric columns are stacked in this order.
-        dtype: numpy dtype of the decoded array, `float32`, `float64` or `int64`.
+        dtype: numpy dtype of the decoded array, `float32`, `float64` or `int64`. Or what a language task makes tokens of:
+            `text`, `messages` (a list of {role, content}) or `tokens` (a list of ids), each decoded to an object per row.
         shape: Shape of one example, `()` for a number. Image bytes decode to (C, H, W) floats in [0, 1].
     """
 
@@ -124,6 +167,8 @@ class Column:
     @property
     def expected(self) -> str:
         """What a good value looks like, for messages."""
+        if self.dtype in LANGUAGE:
+            return LANGUAGE[self.dtype]
         size = "x".join(map(str, self.shape))
         if self.dtype.startswith("int"):
             return f"integers of shape {size}" if self.shape else "an integer"

@@ -9,7 +9,7 @@ Next: nothing; the run is sealed.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL.Image import Image
 from .artifacts import Run
 from .decode import decode_value
 from .picture import Strip, Tile, contact_sheet, picture_of, to_png
-from .records import RANKED, Column
+from .records import LOSSES, RANKED, Column
 
 SHEET_TILES = 8
 """Examples per side on the contact sheet; the page shows all."""
@@ -64,6 +64,11 @@ def plain_payload(ranked: pa.Table) -> list[str]:
     return [field.name for field in fields if not (pa.types.is_nested(field.type) or pa.types.is_binary(field.type))]
 
 
+def number_columns(names: Iterable[str]) -> list[str]:
+    """What of a ranked row is a number to look at: value, score and losses, by the names they are stored under."""
+    return [name for name in names if name in ("value", "score") or name.startswith(LOSSES)]
+
+
 def of(ranked: pa.Table, query_id: str, side: str) -> list[dict[str, Any]]:
     """One query's ranked rows on one side, strongest first."""
     return ranked.filter(pc.and_(pc.equal(ranked["query_id"], query_id), pc.equal(ranked["side"], side))).to_pylist()
@@ -80,7 +85,8 @@ def _sheet(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column) -> b
     for query_id in run.query_ids[:SHEET_QUERIES]:
         rows, tuned = query_rows(run, query_id), run.counterpart_meta(query_id)
         lines = [query_id, *(f"{column} {rows[0][column]}" for column in plain if column in rows[0])]
-        lines += [f"loss {tuned['query_loss_before_nats']:.3g}", f"to {tuned['query_loss_after_nats']:.3g}"]
+        if tuned["query_rows"]:
+            lines += [f"loss {tuned['query_loss_before_nats']:.3g}", f"to {tuned['query_loss_after_nats']:.3g}"]
         lines += [f"{len(rows)} rows"] if len(rows) > 1 else []
         query = Tile(_picture(rows[0], image), tuple(lines))
         sides = [[tile(row) for row in of(ranked, query_id, side)[:SHEET_TILES]] for side in ("proponent", "opponent")]
@@ -124,12 +130,15 @@ def _page(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column | None
 
 def _query_section(run: Run, ranked: pa.Table, query_id: str, image: Column | None) -> str:
     rows, tuned, plain = query_rows(run, query_id), run.counterpart_meta(query_id), plain_payload(ranked)
-    facts = [f"{len(rows)} row{'s' * (len(rows) > 1)}"]
-    facts += [f"{name} {_text(rows[0][name])}" for name in plain if name in rows[0]]
-    facts.append(
-        f"loss {tuned['query_loss_before_nats']:.4g} → {tuned['query_loss_after_nats']:.4g} nats in {tuned['steps']} steps, "
-        f"weights moved by {tuned['change_norm']:.3g}"
-    )
+    facts = []
+    if tuned["query_rows"]:
+        facts.append(f"{len(rows)} row{'s' * (len(rows) > 1)}")
+        facts += [f"{name} {_text(rows[0][name])}" for name in plain if name in rows[0]]
+        facts.append(
+            f"loss {tuned['query_loss_before_nats']:.4g} → {tuned['query_loss_after_nats']:.4g} nats in {tuned['steps']} steps"
+        )
+    facts += [f"{name} {value}" for name, value in tuned["details"].items()]
+    facts.append(f"weights moved by {tuned['change_norm']:.3g}")
     parts = [f"<h2>{escape(query_id)}</h2><p>{_thumb(rows[0], image)} <span>{escape(' · '.join(facts))}</span></p>"]
     for side in ("proponent", "opponent"):
         if listed := of(ranked, query_id, side):
@@ -138,9 +147,7 @@ def _query_section(run: Run, ranked: pa.Table, query_id: str, image: Column | No
 
 
 def _table(rows: Sequence[dict[str, Any]], plain: Sequence[str], image: Column | None) -> str:
-    numbers: dict[str, Callable[[Any], str]] = {
-        name: lambda value: f"{value:.4g}" for name in ("value", "score", "base_loss", "counterpart_loss")
-    }
+    numbers: dict[str, Callable[[Any], str]] = {name: lambda value: f"{value:.4g}" for name in number_columns(rows[0])}
     names = ["rank", "example_id", *(["source"] if rows[0]["source"] is not None else []), *plain, *numbers]
     head = "".join(f"<th{' class=n' * (name in numbers)}>{escape(name)}" for name in names)
     body = []

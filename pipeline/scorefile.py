@@ -75,8 +75,11 @@ class ScoreFile:
         return (statistics.min, statistics.max) if statistics is not None and statistics.has_min_max else None
 
     def read(self, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
-        """Columns of some row groups, one after the other. Raises ArtifactError, StorageError."""
-        return self._tried(lambda parquet: parquet.read_row_groups(list(groups), list(columns), use_threads=False))
+        """Columns of SCORES of some row groups, one after the other. Raises ArtifactError, StorageError."""
+        there = self._metadata.schema.to_arrow_schema().names  # in the order of SCORES, losses perhaps by another name
+        names = [there[SCORES.get_field_index(column)] for column in columns]
+        read = self._tried(lambda parquet: parquet.read_row_groups(list(groups), names, use_threads=False))
+        return read.select(names).rename_columns(list(columns))
 
     def take(self, groups: Sequence[int], position_N: np.ndarray, thin: pa.Table | None = None) -> pa.Table:
         """Whole rows by their ascending positions in some row groups put together; reads only those that hold any.

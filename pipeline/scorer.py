@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import asdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,13 +15,14 @@ from . import storage, topk
 from .artifacts import Run, counterparts_digest
 from .corpus import Corpus, Examples
 from .errors import ArtifactError, InputError
-from .extensions import load_model, load_task
+from .extensions import load_model, load_task, prepared
 from .folder import parallel, partition
 from .importing import user_code
-from .records import REJECTS, SCORES, Reject, Shard
+from .records import REJECTS, SCORES, Reject, Shard, as_stored
 from .works import Receipt, Work, Written, partial_name, rejects_path
 
 if TYPE_CHECKING:
+    from .batches import Inputs
     from .engine import Losses
 
 
@@ -38,8 +40,7 @@ class ShardScorer:
     """
 
     def __init__(self, run: Run, device: str, query_ids: tuple[str, ...] | None = None) -> None:
-        import safetensors.torch
-
+        from .changes import from_bytes
         from .engine import LossEngine
 
         self._query_ids = run.query_ids if query_ids is None else query_ids
@@ -53,10 +54,11 @@ class ShardScorer:
         metas = {query_id: run.counterpart_meta(query_id) for query_id in self._query_ids}
         self._directions = {query_id: meta["direction"] for query_id, meta in metas.items()}
         self._tensors = {query_id: meta["tensors"]["sha256"] for query_id, meta in metas.items()}
-        tensors = [safetensors.torch.load(run.counterpart_tensors(query_id)) for query_id in self._query_ids]
+        changes = [from_bytes(run.counterpart_tensors(query_id)) for query_id in self._query_ids]
         model = load_model(run.spec.model, device, run.spec.seed)
+        self._task = load_task(run.spec.task)
         try:
-            self._engine = LossEngine(model, load_task(run.spec.task), tensors)
+            self._engine = LossEngine(model, self._task, changes)
         except (KeyError, ValueError) as error:
             raise ArtifactError(
                 f"a counterpart in {run.uri('counterparts')} does not fit the model: {error}"
@@ -75,16 +77,18 @@ class ShardScorer:
             examples = self._corpus.read(work.shard, self._run.columns)
         except InputError as error:
             return self.quarantine(work, error.message)
+        examples, inputs = self._prepared(work, examples)
         with self._computing:
             computing_s = time.monotonic()
-            losses = self._losses(work, examples)
+            losses = self._losses(work, inputs)
             compute_s = time.monotonic() - computing_s
         standing = self._run.standing(work.addition, work.shard.shard_id)
         if standing is not None:  # somebody was faster: a slow attempt that was taken for dead leaves all as it is
             return standing
         examples, losses = _only_finite(examples, losses, work.query_ids)
         files = self._write(work, examples, losses)
-        return self._commit(work, started_at_s, compute_s, len(examples.row_N), len(examples.rejects), files)
+        counts = {"rows": len(examples.row_N), "rejects": len(examples.rejects), "overlong": inputs.overlong}
+        return self._commit(work, started_at_s, compute_s, counts, files)
 
     def quarantine(self, work: Work, reason: str) -> Receipt:
         """Quarantine a shard: all its rows go to rejects/ with the reason, and that is committed. The commit that then stands.
@@ -100,15 +104,15 @@ class ShardScorer:
         rejects = [Reject(row, "shard", reason, "a shard that can be scored") for row in rows]
         path = rejects_path(work.name, quarantined=True)
         files = {path: self._run.write_table(_rejects_table(shard, rejects), path)}
-        return self._commit(work, started_at_s, 0.0, 0, shard.rows, files, quarantined=reason)
+        counts = {"rows": 0, "rejects": shard.rows}
+        return self._commit(work, started_at_s, 0.0, counts, files, quarantined=reason)
 
     def _commit(
         self,
         work: Work,
         started_at_s: float,
         compute_s: float,
-        rows: int,
-        rejects: int,
+        counts: dict[str, int],
         files: dict[str, Written],
         quarantined: str | None = None,
     ) -> Receipt:
@@ -117,8 +121,7 @@ class ShardScorer:
             addition=work.addition,
             shard_id=work.shard.shard_id,
             fingerprint=self._run.additions[work.addition].fingerprint,
-            rows=rows,
-            rejects=rejects,
+            **counts,
             files=files,
             started_at_s=started_at_s,
             finished_at_s=time.time(),
@@ -140,11 +143,25 @@ class ShardScorer:
             parallel(lambda path: storage.remove(self._run.uri(path)), twice)
         return standing
 
-    def _losses(self, work: Work, examples: Examples) -> Losses:
-        task, shard = self._run.spec.task.implementation, work.shard
+    def _prepared(self, work: Work, examples: Examples) -> tuple[Examples, Inputs]:
+        """Examples as their model takes them; texts become tokens here, while another shard holds the engine."""
+        with self._about(work):
+            inputs = prepared(self._task, examples.arrays)
+        columns = ", ".join(name for column in self._run.columns for name in column.columns)
+        examples = examples.without({i: (columns, got, "tokens that can be scored") for i, got in inputs.bad.items()})
+        return replace(examples, arrays={}, num_tokens_N=inputs.num_tokens_N), inputs
+
+    def _losses(self, work: Work, inputs: Inputs) -> Losses:
+        section = self._run.spec.score
         positions = [self._query_ids.index(query_id) for query_id in work.query_ids]
-        with user_code(f"task {task} on {shard.path} from row {shard.row_start}"):
-            return self._engine.losses(examples.arrays, self._run.spec.score.batch_rows, positions)
+        with self._about(work):
+            losses = self._engine.losses(inputs.batches(section.batch_rows, section.batch_tokens), positions)
+        return type(losses)(inputs.of_examples(losses.base_N), inputs.of_examples(losses.counterpart_QN))
+
+    def _about(self, work: Work) -> AbstractContextManager[None]:
+        """Around what a task does with a shard."""
+        task = self._run.spec.task.implementation
+        return user_code(f"task {task} on {work.shard.path} from row {work.shard.row_start}")
 
     def _write(self, work: Work, examples: Examples, losses: Losses) -> dict[str, Written]:
         """Write everything of a shard but its commit; relative path -> size and digest."""
@@ -154,7 +171,7 @@ class ShardScorer:
         tops, sums = [], []
         for q, query_id in enumerate(work.query_ids):
             scores = self._scores(work, examples, losses, q)
-            tables[f"scores/{partition(query_id)}/{name}"] = scores
+            tables[f"scores/{partition(query_id)}/{name}"] = as_stored(scores, self._run.per_token)
             valued = topk.with_value(scores, rank.transform, rank.eps)
             tops.append(topk.partial_topk(valued, rank.k, rank.transform))
             if self._run.spec.corpus.source is not None:
@@ -176,12 +193,13 @@ class ShardScorer:
             "query_id": pa.array([query_id] * rows, pa.string()),
             "base_loss": losses.base_N.astype(np.float32),
             "counterpart_loss": losses.counterpart_QN[q].astype(np.float32),
+            "num_tokens": pa.nulls(rows, pa.int32()) if examples.num_tokens_N is None else examples.num_tokens_N,
             "score": (self._directions[query_id] * difference_N + 0.0).astype(np.float32),  # + 0.0: no negative zero
             "shard_id": np.full(rows, work.shard.shard_id, np.int32),
             "row": examples.row_N,
         }
         highest_first_N = np.argsort(-columns["score"], kind="stable")
-        return pa.table(columns).cast(SCORES).take(pa.array(highest_first_N))
+        return pa.table({name: columns[name] for name in SCORES.names}).cast(SCORES).take(pa.array(highest_first_N))
 
 
 def _only_finite(examples: Examples, losses: Losses, query_ids: tuple[str, ...]) -> tuple[Examples, Losses]:
@@ -192,18 +210,8 @@ def _only_finite(examples: Examples, losses: Losses, query_ids: tuple[str, ...])
     good_N = finite_MN.all(axis=0)
     if good_N.all():
         return examples, losses
-    rejects = []
-    for i in np.flatnonzero(~good_N):
-        m = int(np.argmin(finite_MN[:, i]))
-        got, example_id = str(losses_MN[m, i]), examples.example_id_N[int(i)].as_py()
-        rejects.append(Reject(int(examples.row_N[i]), names[m], got, "a finite loss", example_id))
-    kept = Examples(
-        example_id_N=examples.example_id_N.filter(pa.array(good_N)),
-        source_N=examples.source_N.filter(pa.array(good_N)),
-        row_N=examples.row_N[good_N],
-        arrays={},
-        rejects=sorted([*examples.rejects, *rejects], key=lambda reject: reject.row),
-    )
+    bad = {int(i): int(np.argmin(finite_MN[:, i])) for i in np.flatnonzero(~good_N)}
+    kept = examples.without({i: (names[m], str(losses_MN[m, i]), "a finite loss") for i, m in bad.items()})
     return kept, type(losses)(losses.base_N[good_N], losses.counterpart_QN[:, good_N])
 
 

@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .choices import ModelSection, ProducerSection, Section, TaskSection, Unlearn, Uri
+from .choices import ModelSection, ProducerSection, TaskSection
+from .producer_choices import Unlearn
 from .records import Transform
+from .sections import Section, Uri
 
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -63,7 +65,9 @@ class ScoreSection(Section):
     256 MiB decoded. Aim at a minute of one accelerator per shard and query."""
     batch_rows: _Count = 256
     """Rows per forward pass. Every batch has exactly this shape (the last is filled up), which makes scores the same to
-    the bit under any shard size and worker count; see pipeline/decisions/."""
+    the bit under any shard size and worker count; see pipeline/decisions/. Texts go by `batch_tokens` instead."""
+    batch_tokens: _Count = 4096
+    """Tokens per forward pass of texts, padding included. Texts are sorted by length within a shard, so little is padding."""
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the corpus that may end in rejects/ before the run stops. 0: the first bad row stops it, and the same
     command with a higher value goes on from there."""
@@ -77,6 +81,9 @@ class RankSection(Section):
     transform: Transform = "signed"
     """`signed` ranks by score; `absolute` by its size (the paper's, which has no opponents); `relative` by
     score / (base_loss + eps), which finds near-copies best."""
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Also write topk/selected/: this share of the examples of every source, those of highest value, as filters keep them. Null:
+    no such table."""
     eps: _Positive = 1e-3
     """Added to the base loss by `relative`, in nats."""
 
@@ -90,6 +97,9 @@ class TuneResources(Section):
     """CPUs of each, and torch threads (rounded down, at least one)."""
     gpus: _NotNegative = 0.0
     """GPUs of each."""
+    shard: bool = False
+    """Whether all workers tune each query together, each holding its share of the counterpart (FSDP2): for models of which one
+    worker cannot hold a copy with gradients. The base is then held in CPU memory."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Times that the worker group is started again after a worker died."""
 
@@ -147,8 +157,8 @@ class Spec(Section):
     """What the loss of one example means."""
     corpus: CorpusSection
     """The training examples."""
-    queries: QueriesSection
-    """What is asked about."""
+    queries: QueriesSection | None = None
+    """What is asked about. Null with producers that tune on nothing (reference, mask_heads): they have one counterpart."""
     producer: ProducerSection = Unlearn()
     """How a counterpart is made from the base model and a query."""
     score: ScoreSection = ScoreSection()

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from . import storage
-from .choices import Section, unknown_word
+from .choices import HfTransformers, LanguageTask
 from .errors import InputError, SpecError
+from .sections import Section, unknown_word
 from .spec import Spec
 
 
@@ -45,11 +46,18 @@ def parse_spec(tree: Any, overrides: Sequence[str] = (), origin: str = "spec") -
     for override in overrides:
         _override(tree, override)
     try:
-        return Spec.model_validate(tree)
+        return _with_tokenizer(Spec.model_validate(tree))
     except ValidationError as error:
         problems = [_problem(details) for details in error.errors(include_url=False)]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise SpecError(f"{origin}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)) from error
+
+
+def _with_tokenizer(spec: Spec) -> Spec:
+    """The spec with the model's own tokenizer, where its task needs one and names none."""
+    if not isinstance(spec.task, LanguageTask) or spec.task.tokenizer_uri or not isinstance(spec.model, HfTransformers):
+        return spec
+    return spec.model_copy(update={"task": spec.task.model_copy(update={"tokenizer_uri": spec.model.weights_uri})})
 
 
 def dump_spec(spec: Spec) -> str:

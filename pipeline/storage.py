@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -322,6 +323,17 @@ def file_digest(uri: str) -> str:
         return digest.hexdigest()
 
     return retried(uri, action)
+
+
+def download(uri: str, path: Path) -> None:
+    """An object as a local file, streamed. Raises InputError, StorageError; OSError of the local disk."""
+
+    def action() -> None:
+        with reading(uri) as source, path.open("wb") as file:
+            while chunk := source.read(CHUNK_BYTES):
+                file.write(chunk)
+
+    retried(uri, action)
 
 
 def bytes_digest(data: bytes) -> str:

@@ -55,6 +55,17 @@ def value_range(
             return float(corners.min()), float(corners.max())
 
 
+def value_sql(transform: Transform, eps: float, base_loss: str) -> str:
+    """`transform_value` as an SQL expression over columns `score` and, by whatever name, the base loss."""
+    match transform:
+        case "signed":
+            return "score"
+        case "absolute":
+            return "abs(score)"
+        case "relative":
+            return f"(score::DOUBLE / ({base_loss}::DOUBLE + {eps!r}))::FLOAT"
+
+
 def transform_name(transform: Transform, eps: float) -> str:
     """A transform with its parameter, as commits and tables name it."""
     return f"relative:{eps:g}" if transform == "relative" else transform

@@ -21,13 +21,13 @@ from .extensions import load_model, load_producer, load_task
 from .frozen import open_run
 from .importing import user_code
 from .observe import Progress, every, say, unsent
-from .queries import decode_queries
+from .queries import query_inputs
 from .storage import data_filesystem, remove_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    from .producers.base import Producer
+    from .producers.base import Produced, Producer
     from .tasks.base import Batch, Task
 
 POLL_S = 1.0
@@ -51,7 +51,7 @@ def tune(run: Run) -> None:
     if not pending:
         return
     resources = run.spec.resources.tune
-    workers = min(resources.workers, len(pending))
+    workers = resources.workers if resources.shard else min(resources.workers, len(pending))
     require(workers, resources.cpus, resources.gpus, "resources.tune")
     progress = Progress("tune", len(run.query_ids), "queries", done=len(done))
     watchdog = Watchdog("tune")
@@ -77,6 +77,7 @@ def _fit(run: Run, workers: int, pending: list[str]) -> list[PipelineError]:
 
     resources, scratch = run.spec.resources.tune, f"{SCRATCH}-{uuid.uuid4().hex}"
     filesystem, path = data_filesystem(run.uri())
+    backend = "cpu:gloo,cuda:nccl" if resources.shard and resources.gpus else "gloo"
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run_uri": run.uri(), "pending": pending},
@@ -91,7 +92,7 @@ def _fit(run: Run, workers: int, pending: list[str]) -> list[PipelineError]:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
-        torch_config=TorchConfig(backend="gloo", timeout_s=GATHER_TIMEOUT_S),
+        torch_config=TorchConfig(backend=backend, timeout_s=GATHER_TIMEOUT_S),
     )
     try:
         outcomes: list[_Outcome] = trainer.fit().return_value
@@ -117,7 +118,8 @@ def _worker(config: dict[str, Any]) -> list[_Outcome]:
         device = "cuda" if run.spec.resources.tune.gpus else "cpu"
         tuner = Tuner(run, device)
         done = run.committed_queries()
-        for query_id in config["pending"][rank::world_size]:
+        mine = slice(None) if run.spec.resources.tune.shard else slice(rank, None, world_size)
+        for query_id in config["pending"][mine]:
             if query_id not in done:
                 failures += _failure(tuner, query_id)
     except PipelineError as error:
@@ -148,19 +150,22 @@ class Tuner:
 
     Args:
         run: The frozen run.
-        device: torch device.
+        device: torch device. With `resources.tune.shard`, in a group of workers, the base stays on the CPU.
 
     Raises:
         SpecError, InputError, ContractError: Model, task or producer cannot be made.
     """
 
     def __init__(self, run: Run, device: str) -> None:
+        import torch.distributed as dist
+
         self._run = run
         self._task: Task = load_task(run.spec.task)
         self._producer: Producer = load_producer(run.spec.producer)
-        self._base: nn.Module = load_model(run.spec.model, device, run.spec.seed)
+        self._shared = run.spec.resources.tune.shard and dist.is_initialized()
+        self._base: nn.Module = load_model(run.spec.model, "cpu" if self._shared else device, run.spec.seed)
         self._base_versions = _tensor_versions(self._base)
-        self._queries = decode_queries(run.queries, run.columns)
+        self._queries = query_inputs(run.queries, run.columns, self._task) if run.spec.queries else {}
         self._device = device
 
     def tune(self, query_id: str) -> None:
@@ -170,8 +175,9 @@ class Tuner:
             ContractError: Model, task or producer failed on it, or the base model was changed.
             NumericsError: The query's loss before or after is not finite, or steps moved nothing.
         """
-        import safetensors.torch
         import torch
+
+        from . import changes
 
         started_s = time.monotonic()
         query = self._batch(query_id)
@@ -179,9 +185,11 @@ class Tuner:
         with user_code(f"query {query_id!r}: {self._run.spec.producer.implementation}"), torch.random.fork_rng():
             torch.manual_seed(seed)
             before = self._query_loss(self._base, query)
-            produced = self._producer.produce(self._base, self._task, query, seed)
+            produced = self._produce(query, seed)
+            if produced is None:
+                return
             after = self._query_loss(produced.model.eval(), query)
-        changed = changed_tensors(self._base, produced.model)
+        changed = changes.between(self._base, produced.model, produced.factors)
         if (
             _tensor_versions(self._base) != self._base_versions
         ):  # by this query or an earlier one: all that follow are void
@@ -192,17 +200,17 @@ class Tuner:
             "producer": self._run.spec.producer.model_dump(mode="json"),
             "direction": self._producer.direction,
             "seed": seed,
-            "query_rows": len(next(iter(query.values()))),
+            "query_rows": len(next(iter(query.values()), ())),
             "steps": produced.steps,
             "query_loss_before_nats": before,
             "query_loss_after_nats": after,
             "change_norm": math.sqrt(sum(norm**2 for _, norm in changed.values())),
-            "changed": {name: list(tensor.shape) for name, (tensor, _) in changed.items()},
+            "changed": {name: list(change.shape) for name, (change, _) in changed.items()},
             "details": produced.details,
             "seconds": round(time.monotonic() - started_s, 3),
         }
         for when, loss in (("before", before), ("after", after)):
-            if not math.isfinite(loss):
+            if loss is not None and not math.isfinite(loss):
                 raise NumericsError(
                     f"query {query_id!r}: its loss {when} tuning is {loss}",
                     "lower producer.lr or producer.steps"
@@ -214,19 +222,35 @@ class Tuner:
                 f"query {query_id!r}: {produced.steps} steps moved no weight",
                 "raise producer.lr, or use a finer model.dtype",
             )
-        data = safetensors.torch.save({name: tensor for name, (tensor, _) in changed.items()})
+        data = changes.to_bytes({name: change for name, (change, _) in changed.items()})
         self._run.commit_counterpart(query_id, data, meta)
+
+    def _produce(self, query: Batch, seed: int) -> Produced | None:
+        """The producer's counterpart; null at workers that only helped with one that all make together."""
+        from .producers import sharding
+
+        if not self._shared:
+            return self._producer.produce(self._base, self._task, query, seed)
+        there = {name: value.to(self._device) for name, value in query.items()}
+        with sharding.over_workers(self._device):
+            produced = self._producer.produce(self._base, self._task, there, seed)
+            return produced if sharding.is_first() else None
 
     def _batch(self, query_id: str) -> Batch:
         import torch
 
         dtype = next((p.dtype for p in self._base.parameters() if p.is_floating_point()), torch.float32)
-        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in self._queries[query_id].items()}
+        arrays = self._queries[query_id].whole() if query_id in self._queries else {}
+        device = "cpu" if self._shared else self._device
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 
-    def _query_loss(self, model: nn.Module, query: Batch) -> float:
+    def _query_loss(self, model: nn.Module, query: Batch) -> float | None:
+        """Mean loss of a query's rows; null without one."""
         import torch
 
+        if not query:
+            return None
         with torch.no_grad():
             return float(self._task.loss_B(model, query).double().mean())
 
@@ -239,16 +263,3 @@ def query_seed(seed: int, query_id: str) -> int:
 def _tensor_versions(model: nn.Module) -> list[int]:
     """The counts of in-place changes that torch keeps of every parameter and buffer."""
     return [tensor._version for tensor in model.state_dict(keep_vars=True).values()]
-
-
-def changed_tensors(base: nn.Module, counterpart: nn.Module) -> dict[str, tuple[Tensor, float]]:
-    """Name -> (tensor on the CPU, L2 norm of its change) of every parameter and buffer that differs from the base."""
-    import torch
-
-    before = base.state_dict()
-    changed = {}
-    for name, tensor in counterpart.state_dict().items():
-        if not torch.equal(before[name], tensor):
-            norm = float((tensor.double() - before[name].double()).norm())
-            changed[name] = (tensor.detach().cpu().contiguous().clone(), norm)
-    return changed

@@ -41,6 +41,7 @@ class Receipt:
         k: Depth of the partial top-k.
         transform: Transform of the partial top-k and sums, with its eps: `relative:0.001`.
         counterparts: Digest of the counterparts that it was scored under; empty for a quarantined shard.
+        overlong: Examples that were longer than a sequence may be: cut, or split.
         quarantined: Why the whole shard was quarantined, so that all its rows are in rejects/; else null.
     """
 
@@ -56,6 +57,7 @@ class Receipt:
     k: int
     transform: str
     counterparts: str = ""
+    overlong: int = 0
     quarantined: str | None = None
 
     @property

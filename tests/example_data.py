@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from jobs.digits import write_demo
+from tests.language import gpt, saved, sentences, t5
 
 MODELS = """
 from torch import nn
@@ -76,10 +77,57 @@ def _tabular_csv(folder: Path) -> None:
     (folder / "data" / "surprises.csv").write_text("query_id,age,income,visits,churned\nmax,29,18000,0,1\n")
 
 
+def _model(folder: Path, *names: str) -> None:
+    for name in names:
+        saved(gpt(), folder / "models" / name)
+
+
+def _table(folder: Path, path: str, **columns: list) -> None:
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    if path.endswith(".jsonl"):
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        (folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.table(columns), folder / path)
+
+
+def _text(folder: Path) -> None:
+    _model(folder, "my-llm")
+    _table(folder, "data/texts/part-0.parquet", id=["a", "b"], text=sentences(2), site=["x", "y"])
+    _table(folder, "data/questions.jsonl", query_id=["q"], text=sentences(1))
+
+
+def _answers(folder: Path) -> None:
+    _model(folder, "my-instruct-model")
+    talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Oslo."}]
+    _table(folder, "data/conversations.parquet", id=["a", "b"], conversation=[talk, talk])
+    _table(folder, "data/odd-answers.parquet", query_id=["q"], conversation=[talk])
+
+
+def _translation(folder: Path) -> None:
+    saved(t5(), folder / "models" / "my-translator")
+    _table(folder, "data/pairs/part-0.parquet", english=sentences(2), german=sentences(2, seed=1))
+    _table(folder, "data/odd-translations.parquet", id=["q"], english=sentences(1), german=sentences(1, seed=1))
+
+
+def _web(*models: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        _model(folder, *models)
+        columns = {"site": ["x", "y"], "domain": ["x", "y"]}
+        _table(folder, "data/web/part-0.parquet", id=["a", "b"], text=sentences(2), **columns)
+
+    return make
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "digits": _demo,
     "paper": _demo,
     "mislabelled": _mislabelled,
     "image_folder": _image_folder,
     "tabular_csv": _tabular_csv,
+    "text": _text,
+    "answers": _answers,
+    "translation": _translation,
+    "compare_checkpoints": _web("prior", "conditional"),
+    "quality_filter": _web("small-llm"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -39,8 +39,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
         for name in own
         if name in weights and own[name].shape != weights[name].shape
     ]
+    require_fit(problems, origin, type(model).__name__)
+    model.load_state_dict(dict(weights))
+
+
+def require_fit(problems: Sequence[str], origin: str, model: str) -> None:
+    """See that nothing stands between weights and a model. Raises ContractError, with the first of them."""
     if problems:
         more = f"\n  and {len(problems) - MAX_NAMES_SHOWN} more" if len(problems) > MAX_NAMES_SHOWN else ""
         shown = "\n".join(f"  {problem}" for problem in problems[:MAX_NAMES_SHOWN])
-        raise ContractError(f"weights {origin} do not fit {type(model).__name__}:\n{shown}{more}")
-    model.load_state_dict(dict(weights))
+        raise ContractError(f"weights {origin} do not fit {model}:\n{shown}{more}")

@@ -3,5 +3,7 @@
 BUILTIN = {
     "unlearn": "pipeline.producers.unlearn:Unlearn",
     "finetune": "pipeline.producers.finetune:Finetune",
+    "reference": "pipeline.producers.reference:Reference",
+    "mask_heads": "pipeline.producers.mask_heads:MaskHeads",
 }
 """Word in the spec -> class."""

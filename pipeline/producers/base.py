@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import nn
 
+from ..changes import LowRank
 from ..tasks.base import Batch, Task
 
 
@@ -18,11 +20,13 @@ class Produced:
         model: The base model's copy, changed.
         steps: Optimizer steps taken.
         details: Anything worth a line in meta.json: numbers and short strings.
+        factors: Parameter name -> the product by which it changed, where that is known: saved instead of the whole matrix.
     """
 
     model: nn.Module
     steps: int
     details: dict[str, float | str] = field(default_factory=dict)
+    factors: Mapping[str, LowRank] = field(default_factory=dict)
 
 
 class Producer(Protocol):

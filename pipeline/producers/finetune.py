@@ -20,5 +20,5 @@ class Finetune(Steps):
 
     def produce(self, base: nn.Module, task: Task, query: Batch, seed: int) -> Produced:
         """See Producer. `seed` is used by torch for what the model itself draws (dropout in train mode)."""
-        model, parameters = self.tunable_copy(base)
-        return Produced(model, self.take(model, parameters, task, query, sign=-1))
+        model, parameters = self.tunable_copy(base, seed)
+        return self.produced(base, model, self.take(model, parameters, task, query, sign=-1), seed)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ContractError, NumericsError
 from ..tasks.base import Batch, Task
+from . import adapters, sharding
+from .base import Produced
 
 MAX_NAMES_SHOWN = 8
 
@@ -28,16 +30,29 @@ class Steps:
     normalize: bool
     max_loss_change: float
     parameters: str
+    lora_rank: int
+    lora_alpha: float
+    lora_targets: str
     mode: str
 
-    def tunable_copy(self, base: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
-        """A copy of the base in the recipe's mode, and those of its parameters that the steps move.
+    def tunable_copy(self, base: nn.Module, seed: int) -> tuple[nn.Module, list[nn.Parameter]]:
+        """A copy of the base in the recipe's mode, and those of its parameters that the steps move. `seed` draws adapters.
 
         Raises:
-            ContractError: The pattern matches no parameter.
+            ContractError: The pattern matches no parameter, or no layer.
         """
+        model, chosen = self._copy(base, seed)
+        if sharding.is_shared():
+            sharding.share(model)
+            chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return model, chosen
+
+    def _copy(self, base: nn.Module, seed: int) -> tuple[nn.Module, list[nn.Parameter]]:
+        """A tunable copy that is whole."""
         model = copy.deepcopy(base).requires_grad_(False)
         model.train(self.mode == "train")
+        if self.lora_rank:
+            return model, adapters.add(model, self.lora_targets, self.lora_rank, self.lora_alpha, seed)
         pattern = re.compile(self.parameters)
         chosen = [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
         if not chosen:
@@ -75,6 +90,19 @@ class Steps:
             optimizer.step()
         return self.steps
 
+    def produced(
+        self, base: nn.Module, model: nn.Module, steps: int, seed: int, details: dict[str, float | str] | None = None
+    ) -> Produced:
+        """What became of a tunable copy, whole; adapters become products. Of a shared one, at the first worker alone."""
+        if sharding.is_shared():
+            state = sharding.whole_state(model)
+            if not sharding.is_first():
+                return Produced(base, steps)
+            model, _ = self._copy(base, seed)
+            model.load_state_dict(state)
+        factors = adapters.fold(model) if self.lora_rank else {}
+        return Produced(model, steps, details or {}, factors)
+
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
@@ -84,7 +112,7 @@ class Steps:
 def _to_unit_length(parameters: list[nn.Parameter]) -> None:
     """Scale the gradients of all parameters together to L2 norm 1. Raises NumericsError if they vanish."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    length = torch.linalg.vector_norm(torch.stack([gradient.double().norm() for gradient in gradients]))
+    length = torch.linalg.vector_norm(torch.stack([sharding.norm(gradient) for gradient in gradients]))
     if not 0 < length.item() < math.inf:
         raise NumericsError(
             f"the query's gradient has length {length.item()}",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
+from ..batches import Sequences
 from ..records import Column
 
 Batch = Mapping[str, Tensor]
@@ -31,6 +33,33 @@ class Task(Protocol):
             [B] losses in nats, float32 or better, each a function of its own example alone (in eval mode). NaN where an
             example has no loss: the row is then rejected.
         """
+        ...
+
+
+class SequenceTask(Task, Protocol):
+    """A task whose examples are sequences of differing lengths: its columns are of the kinds `text`, `messages` or `tokens`."""
+
+    per_token: bool
+    """Whether a loss is the mean over an example's tokens, else their sum."""
+
+    def encode(self, raw: Mapping[str, np.ndarray]) -> Sequences:
+        """Rows as token sequences.
+
+        Args:
+            raw: Task column -> [N] objects: texts, lists of messages, lists of ids.
+        """
+        ...
+
+    def token_losses_BT(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Losses of single tokens in nats, 0 for those that do not count: what `loss_B` adds up."""
+        ...
+
+    def token_ids_BT(self, batch: Batch) -> Tensor:
+        """Ids of these tokens, negative for those that do not count."""
+        ...
+
+    def token_texts(self, ids: list[int]) -> list[str]:
+        """Token ids as text, one each."""
         ...
 
 

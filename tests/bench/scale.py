@@ -205,7 +205,7 @@ def _upload(uri: str, files: int) -> None:
 
 # --- ranking: 50 M score rows against DuckDB ----------------------------------------------------------------------------
 
-ALL_COLUMNS = "query_id, example_id, score, base_loss, counterpart_loss, shard_id, row"
+ALL_COLUMNS = "query_id, example_id, score, base_loss, counterpart_loss, num_tokens, shard_id, row"
 SQL = {
     "max_by and min_by": """
         SELECT query_id, max_by(example_id, score, {k}), min_by(example_id, score, {k}) FROM '{scores}' GROUP BY query_id""",

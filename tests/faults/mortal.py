@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from pipeline.choices import Unlearn as Section
+from pipeline.producer_choices import Unlearn as Section
 from pipeline.producers.unlearn import Unlearn
 from pipeline.tasks.classification import Classification
 

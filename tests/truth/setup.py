@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs.digits import cnn, load_digits
+from pipeline import changes
+from pipeline.batches import Arrays
 from pipeline.engine import LossEngine
 from pipeline.errors import NumericsError
 from pipeline.producers.base import Producer
 from pipeline.records import Transform
 from pipeline.tasks.classification import Classification
 from pipeline.topk import transform_value
-from pipeline.tune import changed_tensors, query_seed
+from pipeline.tune import query_seed
 
 TRAIN_ROWS = 1000
 BATCH_ROWS = 256
@@ -64,14 +66,17 @@ def fit(name: str, epochs: int = 30, weight_decay: float = 5e-3, labels: np.ndar
             F.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
     model.eval()
-    return Fitted(model, examples, LossEngine(model, TASK, []).losses(examples, BATCH_ROWS).base_N)
+    return Fitted(model, examples, LossEngine(model, TASK, []).losses(Arrays(examples).batches(BATCH_ROWS)).base_N)
 
 
 def score(fitted: Fitted, producer: Producer, query: dict[str, torch.Tensor], seed: int = 0) -> np.ndarray:
     """Scores [N] of every training example for one query. Raises NumericsError if the producer does, or losses are not finite."""
     produced = producer.produce(fitted.model, TASK, query, seed)
-    changed = {name: tensor for name, (tensor, _) in changed_tensors(fitted.model, produced.model).items()}
-    loss_N = LossEngine(fitted.model, TASK, [changed]).losses(fitted.examples, BATCH_ROWS).counterpart_QN[0]
+    found = changes.between(fitted.model, produced.model, produced.factors)
+    changed = {name: change for name, (change, _) in found.items()}
+    loss_N = (
+        LossEngine(fitted.model, TASK, [changed]).losses(Arrays(fitted.examples).batches(BATCH_ROWS)).counterpart_QN[0]
+    )
     if not np.isfinite(loss_N).all():
         raise NumericsError("losses under the counterpart are not finite")
     return producer.direction * (loss_N.astype(np.float64) - fitted.base_loss_N)

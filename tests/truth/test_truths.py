@@ -6,9 +6,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from jobs.digits import load_digits
-from pipeline.choices import Finetune as FinetuneSection
-from pipeline.choices import Unlearn as UnlearnSection
+from pipeline.batches import Arrays
 from pipeline.engine import LossEngine
+from pipeline.producer_choices import Finetune as FinetuneSection
+from pipeline.producer_choices import Unlearn as UnlearnSection
 from pipeline.producers.finetune import Finetune
 from pipeline.producers.unlearn import Unlearn
 from tests.truth.setup import TASK, TRAIN_ROWS, Fitted, duplicates, fit, score
@@ -49,7 +50,7 @@ def test_one_small_sgd_step_scores_gradient_dot_products(dtype, lr, tolerance):
     query = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in fitted.query([100]).items()
     }
-    base_N = LossEngine(model, TASK, []).losses(examples, 40).base_N
+    base_N = LossEngine(model, TASK, []).losses(Arrays(examples).batches(40)).base_N
     scored = score(Fitted(model, examples, base_N), one_sgd_step(lr), query)
     g_NP = gradients_NP(model, fitted.examples, [*rows, 100])
     expected_N = lr * g_NP[:-1] @ g_NP[-1]

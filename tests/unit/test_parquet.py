@@ -27,6 +27,7 @@ def written():
             "base_loss": rng.random(ROWS, np.float32),
             "counterpart_loss": rng.random(ROWS, np.float32),
             "score": np.sort(rng.standard_normal(ROWS).astype(np.float32))[::-1],
+            "num_tokens": pa.nulls(ROWS, pa.int32()),
             "shard_id": np.zeros(ROWS, np.int32),
             "row": np.arange(ROWS),
         }

@@ -17,7 +17,7 @@ def table(shard_id=3, query_id="q"):
     columns = {
         "example_id": [f"e{i:04d}" for i in range(ROWS)], "source": pa.nulls(ROWS, pa.string()), "query_id": [query_id] * ROWS,
         "base_loss": score_N * 0, "counterpart_loss": score_N, "score": score_N,
-        "shard_id": [shard_id] * ROWS, "row": np.arange(ROWS),
+        "num_tokens": pa.nulls(ROWS, pa.int32()), "shard_id": [shard_id] * ROWS, "row": np.arange(ROWS),
     }  # fmt: skip
     return pa.table(columns).cast(SCORES)
 

@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.choices import PAPER, Section
 from pipeline.errors import SpecError
+from pipeline.producer_choices import PAPER
+from pipeline.sections import Section
 from pipeline.spec import Spec
 from pipeline.specfile import changed_fields, dump_spec, load_spec, parse_spec, sections_of
 

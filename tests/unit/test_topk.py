@@ -38,6 +38,7 @@ def scores(pairs, query_id="q"):
             "base_loss": np.linspace(0, 1, n),
             "counterpart_loss": np.zeros(n),
             "score": [score for score, _ in pairs],
+            "num_tokens": pa.nulls(n, pa.int32()),
             "shard_id": np.zeros(n),
             "row": np.arange(n),
         }

@@ -1,0 +1,91 @@
+"""What a counterpart is on disk and in an engine: the tensors in which it differs from the base, whole or as a low-rank product.
+
+Shapes: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+_LEFT, _RIGHT = ".low_rank_left", ".low_rank_right"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change `left @ right` of a matrix [O, I].
+
+    Args:
+        left: [O, R].
+        right: [R, I].
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix: (O, I)."""
+        return len(self.left), self.right.shape[1]
+
+    def to(self, like: Tensor) -> LowRank:
+        """On another tensor's device; the factors keep their precision."""
+        return LowRank(self.left.to(like.device), self.right.to(like.device))
+
+    def added_to(self, base: Tensor, out: Tensor) -> None:
+        """The changed matrix into `out`, rounded once."""
+        out.copy_(base.to(self.left.dtype).addmm(self.left, self.right))
+
+
+Change = Tensor | LowRank
+"""Of a tensor: what it becomes, or what is added to it."""
+
+
+def between(base: nn.Module, counterpart: nn.Module, factors: Mapping[str, LowRank]) -> dict[str, tuple[Change, float]]:
+    """Name -> (change on the CPU, its L2 norm) of every parameter and buffer that differs; of tied ones the first name.
+
+    Args:
+        base: The base model.
+        counterpart: A model of the same names.
+        factors: Changes that are known as products; the counterpart holds their result.
+    """
+    before = base.state_dict()
+    changed: dict[str, tuple[Change, float]] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in counterpart.state_dict().items():
+        place = tensor.data_ptr(), tensor.shape
+        if place not in seen and not torch.equal(before[name], tensor):
+            seen.add(place)
+            norm = float((tensor.double() - before[name].double()).norm())
+            factor = factors.get(name)
+            whole = tensor.detach().cpu().contiguous().clone() if factor is None else factor.to(torch.empty(0))
+            changed[name] = (whole, norm)
+    return changed
+
+
+def to_bytes(changes: Mapping[str, Change]) -> bytes:
+    """As a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        if isinstance(change, LowRank):
+            tensors |= {name + _LEFT: change.left.contiguous(), name + _RIGHT: change.right.contiguous()}
+        else:
+            tensors[name] = change
+    return safetensors.torch.save(tensors)
+
+
+def from_bytes(data: bytes) -> dict[str, Change]:
+    """What `to_bytes` wrote."""
+    tensors = safetensors.torch.load(data)
+    changes: dict[str, Change] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_LEFT):
+            whole = name.removesuffix(_LEFT)
+            changes[whole] = LowRank(tensor, tensors[whole + _RIGHT])
+        elif not name.endswith(_RIGHT):
+            changes[name] = tensor
+    return changes

@@ -1,0 +1,113 @@
+"""A language model out of a folder in Hugging Face format, with safetensors weights, and perhaps a PEFT adapter in them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ..errors import ContractError, InputError, SpecError
+from ..model_folder import local_copy
+from .base import require_fit
+
+
+class HfTransformers:
+    """See Loader.
+
+    Args:
+        weights_uri: The folder.
+        dtype: torch dtype name.
+        adapter_uri: Folder of a PEFT adapter that is part of the base model; null for none.
+        device_map: How accelerate spreads the model over the worker's GPUs; null for all of it on one.
+        attention: Name of transformers' attention implementation.
+    """
+
+    def __init__(
+        self,
+        weights_uri: str,
+        dtype: str = "float32",
+        adapter_uri: str | None = None,
+        device_map: str | None = None,
+        attention: str = "sdpa",
+    ) -> None:
+        self._uri, self._adapter_uri = weights_uri, adapter_uri
+        self._dtype, self._device_map, self._attention = dtype, device_map, attention
+
+    def load(self, device: str, seed: int) -> nn.Module:
+        """See Loader. No code that lies beside the weights is ever run."""
+        try:
+            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        except ImportError as error:
+            raise SpecError(f"model.loader hf_transformers: {error}", "pip install 'mirrorscope[hf]'") from error
+        place = local_copy(self._uri)
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            config = AutoConfig.from_pretrained(place, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{self._uri}: {_first_line(error)}") from error
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        if type(config) not in kind._model_mapping:
+            raise ContractError(
+                f"{self._uri} is a {config.model_type} model, which transformers knows as no language model",
+                "give a causal or sequence-to-sequence checkpoint, or load it with loader: torch_module",
+            )
+        spread = self._device_map if device != "cpu" else None
+        try:
+            model, said = kind.from_pretrained(
+                place,
+                config=config,
+                dtype=getattr(torch, self._dtype),
+                attn_implementation=self._attention,
+                use_safetensors=True,
+                device_map=spread,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            raise InputError(f"{self._uri} cannot be loaded: {_first_line(error)}") from error
+        _require_whole(self._uri, type(model).__name__, said)
+        if self._adapter_uri is not None:
+            model = merged(model, self._adapter_uri)
+        return (model if spread else model.to(device)).eval()
+
+
+def merged(model: nn.Module, adapter_uri: str) -> nn.Module:
+    """A model with a PEFT adapter in its weights.
+
+    Raises:
+        InputError: There is no adapter, or it cannot be read.
+        ContractError: It does not fit the model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise SpecError(f"an adapter needs peft: {error}", "pip install 'mirrorscope[hf]'") from error
+    path = local_copy(adapter_uri)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers by an old name
+            adapted = PeftModel.from_pretrained(model, path, local_files_only=True)
+    except (OSError, KeyError, TypeError) as error:
+        raise InputError(f"adapter {adapter_uri} cannot be loaded: {_first_line(error)}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ContractError(
+            f"adapter {adapter_uri} does not fit {type(model).__name__}: {_first_line(error)}"
+        ) from error
+    return adapted.merge_and_unload()
+
+
+def _require_whole(uri: str, model: str, said: dict[str, Any]) -> None:
+    """See that all weights of the model came from the folder. Raises ContractError."""
+    problems = [f"missing {name}" for name in sorted(said.get("missing_keys", ()))]
+    shapes = ((name, list(there), list(own)) for name, there, own in sorted(said.get("mismatched_keys", ())))
+    problems += [f"{name} is {there} in the file, {own} in the model" for name, there, own in shapes]
+    problems += [f"unexpected {name}" for name in sorted(said.get("unexpected_keys", ()))]
+    require_fit(problems, uri, model)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

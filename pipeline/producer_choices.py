@@ -1,0 +1,163 @@
+"""The sections of a spec that say how a counterpart is made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from .sections import Custom, Extension, Uri
+
+_Optimizer = Literal["sgd", "adam"]
+_Mode = Literal["eval", "train"]
+_Positive = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+_Count = Annotated[int, Field(ge=1)]
+
+
+class Steps(Extension):
+    """What gradient producers share."""
+
+    optimizer: _Optimizer = "sgd"
+    """`sgd` keeps the step linear in the gradient, as the symmetry argument wants; Adam's first step is its sign."""
+    lr: _Positive = 0.01
+    """Learning rate; with `normalize` the length of a step in weight space."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Momentum of `sgd`."""
+    steps: _Count = 100
+    """Optimizer steps on the query at most; a query of several rows is one batch."""
+    weight_decay: _NotNegative = 0.0
+    """Weight decay, as the optimizer means it."""
+    normalize: bool = True
+    """Scale every gradient to length 1, so that `lr` is the length of a step and even a query of near-zero loss moves the
+    model. Without, ascent runs away: on digits, SGD with lr .1 for 20 steps ended in NaN for half of the queries."""
+    max_loss_change: _NotNegative = 0.5
+    """No further step once the query's mean loss has moved by so much, in nats. 0: all steps. Small enough to stay near the
+    base model; on digits the query's own copy is found best between .2 and .5."""
+    parameters: str = ""
+    """Regular expression searched in parameter names: only those that match are tuned. Empty: all."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Tune adapters of this rank (LoRA, by peft) instead of weights: the counterpart of a large model is then a few megabytes,
+    and any number of them fit beside the base. 0: weights themselves."""
+    lora_alpha: _Positive = 16.0
+    """Strength of the adapters: their product is scaled by `lora_alpha / lora_rank`."""
+    lora_targets: str = ""
+    """Regular expression searched in names of linear layers: those that match get an adapter. Empty: all but the last, which
+    makes the logits."""
+    mode: _Mode = "eval"
+    """`eval` keeps batch norm statistics and switches dropout off; `train` moves and applies them."""
+
+    @model_validator(mode="after")
+    def _weights_or_adapters(self) -> Steps:
+        if self.lora_rank and self.parameters:
+            raise ValueError(
+                "parameters chooses among weights, lora_targets among layers for adapters: give one of them"
+            )
+        return self
+
+    @field_validator("parameters", "lora_targets")
+    @classmethod
+    def _regular_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a regular expression: {error}") from error
+        return value
+
+
+PAPER: Mapping[str, Any] = {
+    "optimizer": "adam", "lr": 5e-3, "momentum": 0.0, "steps": 1, "weight_decay": 0.0, "normalize": False,
+    "max_loss_change": 0.0, "parameters": "", "mode": "train",
+    "repeat": 2, "noise_radius": 3.0, "noise_growth": 1.1, "noise_below": 5e-3, "noise_until": 1e-2, "noise_tries": 100,
+}  # fmt: skip
+"""The released recipe of Ko et al. (CVPR 2024): METHOD in pipeline/README.md says where each number comes from."""
+
+
+class Unlearn(Steps):
+    """Gradient ascent on the query: examples whose loss rises with it helped the query."""
+
+    name: Literal["unlearn"] = "unlearn"
+    """This producer; the default, since ascent traces single queries."""
+    preset: Literal["paper"] | None = None
+    """`paper`: the released recipe of Ko et al. 2024. Fields given beside it override it."""
+    repeat: _Count = 1
+    """Copies of the query in its batch (the paper's 2 gives batch norm in train mode a batch)."""
+    noise_radius: _NotNegative = 0.0
+    """Radius of the sphere around the input from which a point replaces a query of near-zero loss. 0: never."""
+    noise_growth: Annotated[float, Field(ge=1)] = 1.1
+    """Factor on the radius at every retry."""
+    noise_below: _NotNegative = 5e-3
+    """Noise is added when half the query's loss is under this, in nats: its gradient is then rounding noise."""
+    noise_until: _NotNegative = 1e-2
+    """Noise has grown enough when half the query's loss reaches this, in nats."""
+    noise_tries: _Count = 100
+    """Retries before giving up with an error (the released loop has no bound)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") == "paper":
+            return {**PAPER, **data}
+        return data
+
+
+class Finetune(Steps):
+    """Gradient descent on the query: examples whose loss falls with it are like the query."""
+
+    name: Literal["finetune"] = "finetune"
+    """This producer; for queries that are many clean rows."""
+    lr: _Positive = 0.05
+    """Learning rate. With momentum .9 and 30 steps it finds flipped labels that the model has memorised (AUC .93 on digits,
+    against .86 for the base loss alone)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of `sgd`."""
+    steps: _Count = 30
+    """Optimizer steps on the query at most; a query of several rows is one batch."""
+    normalize: bool = False
+    """Scale every gradient to length 1. Descent cannot run away below zero loss."""
+    max_loss_change: _NotNegative = 0.0
+    """No further step once the query's mean loss has moved by so much, in nats. 0: all steps."""
+
+
+class Reference(Extension):
+    """A checkpoint that exists already, compared with the base: nothing is tuned. Needs no queries."""
+
+    name: Literal["reference"] = "reference"
+    """This producer; with `rank.transform: relative` it is DavIR, else CoLoR-Filter, RHO-LOSS, Rho-1 or Moore-Lewis."""
+    weights_uri: Uri | None = None
+    """The counterpart's weights, of the base's architecture: a file as for torch_module, or a folder as for hf_transformers.
+    Null: the base's own, with `adapter_uri`."""
+    adapter_uri: Uri | None = None
+    """Folder of a PEFT adapter, merged into these weights."""
+    direction: Literal[-1, 1] = -1
+    """-1: examples that the counterpart finds easier than the base score high (it was trained on what is wanted). 1: harder."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Reference:
+        if self.weights_uri is None and self.adapter_uri is None:
+            raise ValueError("give weights_uri, adapter_uri or both")
+        return self
+
+
+class MaskHeads(Extension):
+    """The base with its retrieval heads masked (AttentionInfluence). Needs no queries."""
+
+    name: Literal["mask_heads"] = "mask_heads"
+    """This producer; use it with `rank.transform: relative` and `rank.fraction`."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Share of all heads that is masked, those of highest copy score; at least one."""
+    samples: _Count = 100
+    """Generated sequences of keys and values on which heads are looked at (the paper: 800)."""
+    sample_tokens: Annotated[int, Field(ge=64)] = 512
+    """Tokens of each (the paper: near 4,096); attention of all heads on one sequence is held at a time."""
+
+
+class CustomProducer(Custom):
+    """Your own producer."""
+
+    builtin: ClassVar[tuple[str, ...]] = ("unlearn", "finetune", "reference", "mask_heads")
+
+    name: str
+    """`package.module:Class`, importable where the pipeline runs."""

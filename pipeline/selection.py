@@ -1,0 +1,69 @@
+"""The top share of every source's examples, per query: what a data filter keeps. By DuckDB, which spills what does not fit.
+
+Reads: the score files that commits name.
+Writes: topk/selected/query_id=Q/part-NNNNN.parquet, SELECTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from . import storage
+from .artifacts import Run
+from .folder import parallel, partition
+from .records import LOSSES, SCORES, SELECTED, stored
+from .topk import value_sql
+
+FOLDER = "selected"
+ROWS_PER_FILE = 1 << 20
+_SQL = """
+    SELECT query_id, source, example_id, value, place, shard_id, row
+    FROM (SELECT *, row_number() OVER (PARTITION BY source ORDER BY value DESC, example_id) AS place,
+                 count(*) OVER (PARTITION BY source) AS examples
+          FROM (SELECT query_id, source, example_id, shard_id, row, {value} AS value FROM scores))
+    WHERE place <= ceil({fraction} * examples)
+    ORDER BY source, place
+"""
+
+
+def select(run: Run) -> dict[str, str]:
+    """Write the selection of every query; path below topk/ -> sha256. Objects of an earlier one are deleted.
+
+    Raises:
+        ArtifactError, InputError, StorageError: As commits are read.
+    """
+    fraction = run.spec.rank.fraction
+    written = (
+        {}
+        if fraction is None
+        else {path: sha256 for query_id in run.query_ids for path, sha256 in _selected(run, query_id, fraction)}
+    )
+    stale = [path for path in storage.objects(run.uri("topk", FOLDER)) if f"{FOLDER}/{path}" not in written]
+    parallel(lambda path: storage.remove(run.uri("topk", FOLDER, path)), stale)
+    return written
+
+
+def _selected(run: Run, query_id: str, fraction: float) -> Iterator[tuple[str, str]]:
+    import duckdb
+
+    section = run.spec.rank
+    base_loss = stored(SCORES, run.per_token).names[SCORES.get_field_index(LOSSES[0])]
+    value = value_sql(section.transform, section.eps, base_loss)
+    with duckdb.connect() as connection:
+        connection.register("scores", _scores(run, query_id))
+        rows = connection.sql(_SQL.format(value=value, fraction=fraction)).to_arrow_reader(ROWS_PER_FILE)
+        for number, batch in enumerate(rows):
+            path = f"{FOLDER}/{partition(query_id)}/part-{number:05d}.parquet"
+            table = pa.Table.from_batches([batch]).cast(SELECTED)
+            yield path, run.write_table(table, "topk", path)["sha256"]
+
+
+def _scores(run: Run, query_id: str) -> ds.Dataset:
+    """A query's score rows: of the files that commits name, no others."""
+    folder = f"scores/{partition(query_id)}/"
+    paths = [path for receipt in run.receipts() if receipt.rows for path in receipt.files if path.startswith(folder)]
+    filesystem, root = storage.data_filesystem(run.uri())
+    return ds.dataset([f"{root}/{path}" for path in paths], filesystem=filesystem, format="parquet")

@@ -1,0 +1,246 @@
+"""Language models: causal and sequence-to-sequence. Text becomes token sequences here; losses are those of their tokens.
+
+Shapes: B batch, T tokens, S sequences.
+
+Batches are padded on the right. A causal model never looks to the right, so it needs no mask, and the fastest attention kernels
+take none; an encoder gets one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..batches import Ragged, Sequences
+from ..records import Column
+from .base import Batch
+from .text import Text
+from .tokens import IGNORED, token_losses
+
+_Ids = list[int]
+Overlong = Literal["cut", "windows", "reject"]
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """One example: tokens, and how many of the first do not count."""
+
+    ids: _Ids
+    prompt: int = 0
+
+
+class CausalLM:
+    """Next-token cross-entropy of a text, in nats: the mean over its tokens, or their sum. See Task and SequenceTask.
+
+    Args:
+        text: Corpus column of the text; null for `text`.
+        messages: Corpus column of a conversation, instead of a text: a list of {role, content}.
+        tokens: Corpus column of token ids, instead of a text.
+        prompt: Corpus column of what stands before the text (or tokens) and whose tokens do not count.
+        answer_only: Of a conversation only the last message counts.
+        tokenizer_uri: Folder of the tokenizer; null if there are tokens only.
+        special_tokens: Whether the tokenizer adds its own (a first token, a last one).
+        end: Whether the end-of-text token is added behind a text, and counts.
+        max_tokens: Length of a sequence; null for what the model was made for.
+        overlong: What happens to a longer example: cut behind, split into windows, or rejected.
+        reduction: `mean` per token, or `sum`.
+    """
+
+    def __init__(
+        self,
+        text: str | None = None,
+        messages: str | None = None,
+        tokens: str | None = None,
+        prompt: str | None = None,
+        answer_only: bool = False,
+        tokenizer_uri: str | None = None,
+        special_tokens: bool = True,
+        end: bool = False,
+        max_tokens: int | None = None,
+        overlong: Overlong = "cut",
+        reduction: Reduction = "mean",
+    ) -> None:
+        self._kind, self._column = next(
+            (kind, name)
+            for kind, name in (("tokens", tokens), ("messages", messages), ("text", text or "text"))
+            if name is not None
+        )
+        self._prompt, self._answer_only = prompt, answer_only
+        self._special_tokens, self._end = special_tokens, end
+        self._text = Text(tokenizer_uri)
+        self._max_tokens, self._overlong = max_tokens or self._text.context, overlong
+        self.per_token = reduction == "mean"
+        if self._kind != "tokens":
+            self._text.require(template=self._kind == "messages")
+
+    def columns(self) -> list[Column]:
+        """See Task."""
+        found = [Column(self._kind, (self._column,), self._kind)]
+        return found + ([Column("prompt", (self._prompt,), self._kind)] if self._prompt is not None else [])
+
+    def encode(self, raw: Mapping[str, np.ndarray]) -> Sequences:
+        """See SequenceTask."""
+        ids: list[_Ids] = []
+        labels: list[_Ids] = []
+        example_S: list[int] = []
+        bad: dict[int, str] = {}
+        overlong = 0
+        for row, encoded in enumerate(self._encoded(raw)):
+            if problem := self._text.problem(encoded.ids):
+                bad[row] = problem
+                continue
+            long = self._max_tokens is not None and len(encoded.ids) > self._max_tokens
+            if long and self._overlong == "reject":
+                bad[row] = f"{len(encoded.ids):,} tokens, more than {self._max_tokens:,}"
+                continue
+            counted = [window for window in self._windows(encoded) if any(each != IGNORED for each in window[1][1:])]
+            if not counted:
+                bad[row] = f"{len(encoded.ids)} tokens, none with a loss: a first token has none, nor has a prompt"
+                continue
+            overlong += long
+            example_S += [row - len(bad)] * len(counted)
+            for window, label in counted:
+                ids.append(window)
+                labels.append(label)
+        label_rows = Ragged.of(labels, IGNORED)
+        tokens_S = np.fromiter((sum(each != IGNORED for each in label[1:]) for label in labels), np.int64, len(labels))
+        columns = {"input_ids": Ragged.of(ids, 0), "labels": label_rows}
+        return Sequences(columns, np.asarray(example_S, np.int64), tokens_S, self.per_token, bad, overlong)
+
+    def _encoded(self, raw: Mapping[str, np.ndarray]) -> Iterator[_Encoded]:
+        prompts = raw.get("prompt")
+        if self._kind == "tokens":
+            for i, row in enumerate(raw["tokens"]):
+                before = [] if prompts is None else list(prompts[i])
+                yield _Encoded([*before, *row], len(before))
+        elif self._kind == "messages":
+            yield from (_Encoded(*each) for each in self._text.conversations(raw["messages"], self._answer_only))
+        else:
+            end = [self._text.end] if self._end else []
+            pairs = self._text.texts(raw["text"], prompts, self._special_tokens)
+            yield from (_Encoded([*ids, *end], prompt) for ids, prompt in pairs)
+
+    def _windows(self, encoded: _Encoded) -> Iterator[tuple[_Ids, _Ids]]:
+        """Tokens and labels of each sequence. A window begins with the last token before it, so none goes uncounted."""
+        ids, size = encoded.ids, self._max_tokens or len(encoded.ids)
+        labels = [IGNORED] * min(encoded.prompt, len(ids)) + ids[encoded.prompt :]
+        if len(ids) <= size or self._overlong == "cut":
+            yield ids[:size], labels[:size]
+            return
+        for start in range(0, len(ids) - 1, size - 1):
+            yield ids[start : start + size], labels[start : start + size]
+
+    def loss_B(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See Task: float64, from losses of tokens in float32 or better."""
+        return _reduced(self.token_losses_BT(model, batch), batch["labels"][:, 1:], self.per_token)
+
+    def token_losses_BT(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Losses of tokens 1 to T - 1 in nats: [B, T - 1]; 0 for those that do not count."""
+        label_BT = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return token_losses(model, inputs, label_BT)[:, :-1]
+
+    def token_ids_BT(self, batch: Batch) -> Tensor:
+        """See SequenceTask."""
+        return batch["labels"][:, 1:]
+
+    def token_texts(self, ids: _Ids) -> list[str]:
+        """See SequenceTask."""
+        return self._text.pieces(ids)
+
+
+class Seq2Seq:
+    """Cross-entropy of a target text given a source text, in nats: mean over the target's tokens, or sum. See Task, SequenceTask.
+
+    Args:
+        text: Corpus column of the source.
+        target: Corpus column of the target.
+        tokenizer_uri: Folder of the tokenizer.
+        max_tokens: Length of a source; null for what the tokenizer says.
+        max_target_tokens: Length of a target; null for the same.
+        overlong: What happens to a longer one: cut behind, or rejected.
+        reduction: `mean` per token, or `sum`.
+    """
+
+    def __init__(
+        self,
+        text: str = "text",
+        target: str = "target",
+        tokenizer_uri: str | None = None,
+        max_tokens: int | None = None,
+        max_target_tokens: int | None = None,
+        overlong: Literal["cut", "reject"] = "cut",
+        reduction: Reduction = "mean",
+    ) -> None:
+        self._columns = (text, target)
+        self._text = Text(tokenizer_uri)
+        self._text.require()
+        context = self._text.context
+        self._sizes = (max_tokens or context, max_target_tokens or context)
+        self._overlong = overlong
+        self.per_token = reduction == "mean"
+
+    def columns(self) -> list[Column]:
+        """See Task."""
+        return [Column(name, (column,), "text") for name, column in zip(("text", "target"), self._columns, strict=True)]
+
+    def encode(self, raw: Mapping[str, np.ndarray]) -> Sequences:
+        """See SequenceTask."""
+        sources = [ids for ids, _ in self._text.texts(raw["text"], None, True)]
+        targets = self._text.targets(raw["target"])
+        kept: list[tuple[_Ids, _Ids]] = []
+        bad: dict[int, str] = {}
+        overlong = 0
+        for row, pair in enumerate(zip(sources, targets, strict=True)):
+            long = [size is not None and len(ids) > size for ids, size in zip(pair, self._sizes, strict=True)]
+            problem = next(filter(None, map(self._text.problem, pair)), "")
+            if any(long) and self._overlong == "reject":
+                problem = (
+                    f"{len(pair[0]):,} and {len(pair[1]):,} tokens, more than {self._sizes[0]} and {self._sizes[1]}"
+                )
+            if problem:
+                bad[row] = problem
+                continue
+            overlong += any(long)
+            kept.append((pair[0][: self._sizes[0]], pair[1][: self._sizes[1]]))
+        columns = {
+            "input_ids": Ragged.of([source for source, _ in kept], 0),
+            "attention_mask": Ragged.of([[1] * len(source) for source, _ in kept], 0),
+            "labels": Ragged.of([target for _, target in kept], IGNORED),
+        }
+        tokens_S = columns["labels"].length_S
+        return Sequences(columns, np.arange(len(kept)), tokens_S, self.per_token, bad, overlong)
+
+    def loss_B(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See Task: float64, from losses of tokens in float32 or better."""
+        return _reduced(self.token_losses_BT(model, batch), batch["labels"], self.per_token)
+
+    def token_losses_BT(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Losses of the target's tokens in nats: [B, T]; 0 behind its end."""
+        config: Any = model.config
+        label_BT = batch["labels"]
+        first_B1 = torch.full_like(label_BT[:, :1], config.decoder_start_token_id)
+        before_BT = torch.cat([first_B1, label_BT[:, :-1]], dim=1)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return token_losses(
+            model, {**inputs, "decoder_input_ids": before_BT.masked_fill(before_BT == IGNORED, 0)}, label_BT
+        )
+
+    def token_ids_BT(self, batch: Batch) -> Tensor:
+        """See SequenceTask."""
+        return batch["labels"]
+
+    def token_texts(self, ids: _Ids) -> list[str]:
+        """See SequenceTask."""
+        return self._text.pieces(ids)
+
+
+def _reduced(loss_BT: Tensor, label_BT: Tensor, per_token: bool) -> Tensor:
+    total_B = loss_BT.double().sum(dim=1)
+    return total_B / (label_BT != IGNORED).sum(dim=1) if per_token else total_B

@@ -1,0 +1,148 @@
+"""Losses of tokens under a language model, without ever holding the logits of a whole batch.
+
+Shapes: B batch, T tokens, V vocabulary, D width, M tokens that have a loss.
+
+A model's last layer multiplies every hidden state with the whole vocabulary: [B, T, V] logits, 49,152 x 4 bytes per token for a
+model as small as SmolLM2-135M. So the layer is taken out for the forward pass (it hands on what it was given), and applied
+afterwards to a few tokens at a time, and to those alone whose loss is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..observe import say
+from .base import Batch, to_loss_dtype
+
+IGNORED = -100
+"""Label of a token whose loss does not count: what Hugging Face's models mean by it too."""
+CHUNK_BYTES = 16 << 20
+"""Logits made at a time."""
+CHECK_TOLERANCE = 1e-2
+"""Largest difference of a token's loss from the model's own logits, in nats, in half precision; elsewhere a 100th of it."""
+_Head = Callable[[Tensor], Tensor]
+_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def token_losses(model: nn.Module, inputs: Batch, label_BT: Tensor) -> Tensor:
+    """Cross-entropy of every label, in nats: [B, T], float32 or better, 0 where the label is IGNORED.
+
+    Args:
+        model: Called as `model(**inputs)`; returns an object with `logits`, or the logits [B, T, V].
+        inputs: Its keyword arguments.
+        label_BT: What the logits at the same place should say.
+    """
+    counted_BT = label_BT != IGNORED
+    label_M = label_BT[counted_BT]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None and _is_plain(model, head, inputs):
+        hidden_MD = _hidden(model, head, inputs)[counted_BT]
+        loss_M = _in_chunks(_with_extras(model, head), hidden_MD, label_M)
+    else:
+        loss_M = _cross_entropy(_logits(model, inputs)[counted_BT], label_M)
+    loss_BT = torch.zeros(label_BT.shape, dtype=loss_M.dtype, device=loss_M.device)
+    return loss_BT.masked_scatter(counted_BT, loss_M)
+
+
+def _logits(model: nn.Module, inputs: Batch) -> Tensor:
+    out: Any = model(**inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def _cross_entropy(logits_MV: Tensor, label_M: Tensor) -> Tensor:
+    return F.cross_entropy(to_loss_dtype(logits_MV), label_M, reduction="none")
+
+
+def _in_chunks(head: _Head, hidden_MD: Tensor, label_M: Tensor) -> Tensor:
+    """Losses of M tokens, whose logits are made and forgotten a few at a time; in a backward pass they are made again."""
+    vocabulary = head(hidden_MD[:1]).shape[-1]
+    size = max(1, CHUNK_BYTES // (vocabulary * 4))
+
+    def losses(hidden: Tensor, labels: Tensor) -> Tensor:
+        return _cross_entropy(head(hidden), labels)
+
+    parts = []
+    for start in range(0, len(label_M), size):
+        piece = hidden_MD[start : start + size], label_M[start : start + size]
+        again = torch.is_grad_enabled() and len(label_M) > size
+        parts.append(checkpoint(losses, *piece, use_reentrant=False) if again else losses(*piece))
+    return torch.cat(parts) if parts else hidden_MD.new_zeros(0, dtype=torch.float32)
+
+
+def _hidden(model: nn.Module, head: nn.Module, inputs: Batch) -> Tensor:
+    """What the model hands its last layer: [B, T, D]."""
+    with _taken_out(head) as handed:
+        model(**inputs)
+    return handed[0]
+
+
+@contextmanager
+def _taken_out(head: nn.Module) -> Iterator[list[Tensor]]:
+    """A layer that keeps what it is given, and gives on one number for each token, for the time of the block."""
+    handed: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        handed.append(hidden)
+        return hidden[..., :1]
+
+    before = head.__dict__.get("forward")
+    head.forward = keep
+    try:
+        yield handed
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def _with_extras(model: nn.Module, head: nn.Module) -> _Head:
+    """The last layer with what some architectures do to its logits."""
+    config = getattr(model, "config", None)
+    scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        out = head(hidden)
+        out = out * scale if scale != 1 else out
+        return torch.tanh(out / cap) * cap if cap else out
+
+    return logits
+
+
+def _is_plain(model: nn.Module, head: nn.Module, inputs: Batch) -> bool:
+    """Whether taking the last layer out gives the model's own losses: tried once, on the first tokens that come."""
+    if model not in _heads:
+        few = {name: value[:1, :8] for name, value in inputs.items()}
+        with torch.no_grad():
+            _heads[model] = _agrees(model, head, few)
+        if not _heads[model]:
+            say(
+                f"warning: {type(model).__name__} makes its logits in a way of its own: they are held for whole batches"
+            )
+    return _heads[model]
+
+
+def _agrees(model: nn.Module, head: nn.Module, inputs: Batch) -> bool:
+    logits_TV = _logits(model, inputs)[0]
+    label_T = logits_TV.argmax(dim=-1)
+    tolerance = CHECK_TOLERANCE if logits_TV.dtype.itemsize < 4 else CHECK_TOLERANCE / 100
+    try:
+        hidden_TD = _hidden(model, head, inputs)[0]
+        ours_T = _in_chunks(_with_extras(model, head), hidden_TD, label_T)
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+    ):  # the rest of the model does not take one number per token
+        return False
+    return bool(torch.allclose(ours_T, _cross_entropy(logits_TV, label_T), rtol=0, atol=tolerance))

@@ -1,0 +1,298 @@
+"""Texts through a whole run without Ray: columns that say what a loss is, rejects, and the same scores by either loader."""
+
+import json
+import math
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.errors import InputError, SpecError
+from pipeline.freeze import freeze
+from pipeline.report import of
+from pipeline.run import finish, run_stage
+from pipeline.shading import _shaded
+from pipeline.specfile import parse_spec
+from pipeline.tune import Tuner
+from tests.conftest import exit_code, run_without_ray
+from tests.language import gpt, saved, sentences, tokenizer
+
+pytestmark = pytest.mark.slow  # by its number of runs
+
+TEXTS = sentences(30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Model, corpus and queries; the second query is the text of row 3."""
+    made = tmp_path_factory.mktemp("language")
+    saved(gpt(), made / "model")
+    table = {"id": [f"text-{i:02d}" for i in range(len(TEXTS))], "text": TEXTS}
+    table["tokens"] = [tokenizer()(text)["input_ids"] for text in TEXTS]
+    table["talk"] = [
+        [{"role": "user", "content": text[:20]}, {"role": "assistant", "content": "Yes."}] for text in TEXTS
+    ]
+    pq.write_table(pa.table(table), made / "corpus.parquet")
+    rows = [7, 3]
+    queries = {name: [values[i] for i in rows] for name, values in table.items() if name != "id"}
+    pq.write_table(pa.table({"query_id": ["seven", "three"], **queries}), made / "queries.parquet")
+    return made
+
+
+@pytest.fixture
+def make(folder, tmp_path):
+    """`make("task.reduction=sum", ...)`: a spec over that world."""
+
+    def spec(*overrides, name="run"):
+        tree = {
+            "run": {"uri": str(tmp_path / name)},
+            "model": {"loader": "hf_transformers", "weights_uri": str(folder / "model")},
+            "task": {"name": "causal_lm"},
+            "corpus": {"uri": str(folder / "corpus.parquet"), "example_id": "id"},
+            "queries": {"uri": str(folder / "queries.parquet")},
+            "producer": {"steps": 3},
+            "score": {"shard_rows": 8, "batch_tokens": 64},
+            "rank": {"k": 3},
+        }
+        return parse_spec(tree, overrides)
+
+    return spec
+
+
+def scores(run):
+    """Score rows, by query and id, as a lake reads them."""
+    return asked(f"FROM '{run.uri('scores')}/*/*.parquet' ORDER BY query_id, example_id")
+
+
+def asked(sql):
+    with duckdb.connect() as connection:
+        return connection.sql(sql).to_arrow_table()
+
+
+def test_a_mean_says_so_in_its_columns_name_and_unit(make):
+    """base_loss_per_token in scores and ranking, with its unit; base_loss for a sum; the tokens beside both."""
+    mean, total = run_without_ray(make()), run_without_ray(make("task.reduction=sum", name="sum"))
+    file = next(path for path in sorted(mean.receipt(0, 0).files) if path.startswith("scores/"))
+    schema = pq.read_schema(mean.uri(file))
+    assert b"nats per token" == schema.field("base_loss_per_token").metadata[b"unit"]
+    assert b"nats" == pq.read_schema(total.uri(file)).field("base_loss").metadata[b"unit"]
+    means, totals = scores(mean), scores(total)
+    assert means["num_tokens"].to_pylist() == totals["num_tokens"].to_pylist()
+    expected = [
+        a * n for a, n in zip(means["base_loss_per_token"].to_pylist(), means["num_tokens"].to_pylist(), strict=True)
+    ]
+    assert expected == pytest.approx(totals["base_loss"].to_pylist(), rel=1e-5)
+    finish(mean)
+    assert "base_loss_per_token" in pq.read_schema(mean.uri("topk/ranked.parquet")).names
+
+
+def test_the_querys_own_text_is_found(make):
+    """The text that was asked about stands first; the ranking carries texts to read, the page too."""
+    run = run_without_ray(make())
+    finish(run)
+    ranked, _ = run.read_ranked()
+    first = {row["query_id"]: row for row in ranked.to_pylist() if row["side"] == "proponent" and row["rank"] == 1}
+    assert {"seven": TEXTS[7], "three": TEXTS[3]} == {query_id: row["text"] for query_id, row in first.items()}
+    with open(run.uri("report", "index.html")) as page:
+        assert TEXTS[3][:40] in page.read()
+
+
+def test_both_loaders_give_the_same_scores(make, folder):
+    """A GPT made by a factory and the same one out of a folder: to the bit."""
+    weights = folder / "gpt.safetensors"
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in gpt().state_dict().items()}, weights)
+    factory = f"{{loader: torch_module, factory: 'tests.language:gpt', weights_uri: {weights}}}"
+    one = run_without_ray(make(name="folder"))
+    other = run_without_ray(make(f"model={factory}", f"task.tokenizer_uri={folder}/model", name="factory"))
+    assert scores(one).equals(scores(other))
+
+
+def test_text_and_its_tokens_score_alike(make):
+    """A corpus of token ids needs no tokenizer, and its losses are those of the text."""
+    text, ids = run_without_ray(make(name="text")), run_without_ray(make("task.tokens=tokens", name="ids"))
+    assert scores(text)["score"].to_pylist() == pytest.approx(scores(ids)["score"].to_pylist(), abs=1e-6)
+
+
+def test_conversations_score(make):
+    """A column of messages, by the tokenizer's template; one answer counts."""
+    run = run_without_ray(make("task={name: causal_lm, messages: talk, answer_only: true}"))
+    assert {len(tokenizer()("Yes.\n")["input_ids"])} == set(scores(run)["num_tokens"].to_pylist())
+
+
+def test_other_shards_and_batches_give_the_same_scores(make):
+    """1e-5: other neighbours, other padding, another order (truth 3)."""
+    one = run_without_ray(make(name="one"))
+    other = run_without_ray(make("score.shard_rows=30", "score.batch_tokens=1000", name="other"))
+    for name in ("base_loss_per_token", "counterpart_loss_per_token", "score"):
+        assert scores(one)[name].to_pylist() == pytest.approx(scores(other)[name].to_pylist(), abs=1e-5)
+
+
+def test_another_ranking_of_means_reads_the_score_files(make):
+    """Deeper, and relative, from columns whose names say what they are."""
+    run = run_without_ray(make("rank.k=2"))
+    finish(run)
+    spec = make("rank.k=5", "rank.transform=relative")
+    again = freeze(spec)
+    finish(again)
+    ranked, _ = again.read_ranked()
+    row = ranked.to_pylist()[0]
+    assert row["score"] / (row["base_loss_per_token"] + 1e-3) == pytest.approx(row["value"], rel=1e-5)
+    assert 2 * 2 * 5 == len(ranked)
+
+
+def test_texts_that_have_no_loss_are_rejects(make, tmp_path):
+    """Empty, null, of one token, too long: each in rejects/ with its reason; all others are scored; the overlong are counted."""
+    rows = [*TEXTS[:3], "", None, "a", " ".join(TEXTS[:9])]
+    table = pa.table({"id": [f"row-{i}" for i in range(len(rows))], "text": rows})
+    pq.write_table(table, tmp_path / "mixed.parquet")
+    corpus = (f"corpus.uri={tmp_path}/mixed.parquet", "score.max_reject_fraction=0.9")
+    run = run_without_ray(make(*corpus, "task.overlong=reject"))
+    receipt = run.receipt(0, 0)
+    rejects = run.read_shard(receipt, "rejects/shard-000000.parquet").to_pylist()
+    reasons = {row["example_id"]: row["got"] for row in rejects}
+    assert (3, 4) == (receipt.rows, receipt.rejects)
+    assert ["an empty text ''", "null"] == [reasons["row-3"], reasons["row-4"]]
+    assert "1 tokens, none with a loss" in reasons["row-5"]
+    assert "more than 48" in reasons["row-6"]
+    cut = run_without_ray(make(*corpus, name="cut"))
+    assert (4, 3, 1) == (cut.receipt(0, 0).rows, cut.receipt(0, 0).rejects, cut.receipt(0, 0).overlong)
+
+
+def test_a_query_that_cannot_be_read_is_an_error_before_any_work(make, tmp_path):
+    """A query is never silently smaller."""
+    pq.write_table(pa.table({"query_id": ["q"], "text": ["a"]}), tmp_path / "queries.parquet")
+    with pytest.raises(InputError, match=r"query 'q', row 0: got 1 tokens, none with a loss"):
+        freeze(make(f"queries.uri={tmp_path}/queries.parquet"))
+
+
+def test_text_from_json_lines(make, tmp_path):
+    """One record per line, as text corpora come."""
+    lines = "".join(json.dumps({"id": f"text-{i:02d}", "text": text}) + "\n" for i, text in enumerate(TEXTS))
+    (tmp_path / "corpus.jsonl").write_text(lines)
+    one = run_without_ray(make(name="parquet"))
+    other = run_without_ray(make(f"corpus.uri={tmp_path}/corpus.jsonl", name="lines"))
+    assert scores(one)["score"].to_pylist() == scores(other)["score"].to_pylist()
+
+
+def test_a_folder_of_numbers_is_no_text(make, tmp_path):
+    """The column's type is said at once."""
+    pq.write_table(pa.table({"id": ["a"], "text": [1.5]}), tmp_path / "numbers.parquet")
+    with pytest.raises(InputError, match="got double, expected a text"):
+        freeze(make(f"corpus.uri={tmp_path}/numbers.parquet"))
+
+
+def test_a_changed_model_is_another_run(make, folder, tmp_path):
+    """The digest is of config, tokenizer and weights together."""
+    saved(gpt(), tmp_path / "model")
+    spec = make(f"model.weights_uri={tmp_path}/model")
+    first = freeze(spec)
+    assert first.resolved.digests["weights"]
+    saved(gpt(seed=1), tmp_path / "model")
+    assert first.resolved.digests["weights"] != freeze(spec).resolved.digests["weights"]
+
+
+# --- producers that tune on nothing ------------------------------------------------------------------------------------
+
+
+def test_a_pair_of_checkpoints_is_compared_without_queries(make, tmp_path):
+    """No `queries`: one counterpart, named after its producer; easier under the counterpart is a higher score."""
+    saved(gpt(seed=1), tmp_path / "other")
+    spec = make("queries=null", f"producer={{name: reference, weights_uri: {tmp_path}/other}}", "corpus.source=id")
+    run = run_without_ray(spec)
+    finish(run)
+    rows = scores(run).to_pylist()
+    assert {"reference"} == {row["query_id"] for row in rows}
+    for row in rows:
+        assert row["base_loss_per_token"] - row["counterpart_loss_per_token"] == pytest.approx(row["score"], abs=1e-5)
+    assert run.resolved.digests["producer weights_uri"]
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "reference" in page
+
+
+def test_queries_are_missed_where_they_are_needed(make):
+    """A producer that tunes on them says so before any work."""
+    with pytest.raises(SpecError, match="queries: missing; producer unlearn tunes on them"):
+        freeze(make("queries=null"))
+
+
+def test_masked_heads_select_the_top_share_of_every_source(make, tmp_path, folder):
+    """`rank.fraction`: of each source its own top share, by relative score, all of it exact; another share replaces it."""
+    table = pq.read_table(folder / "corpus.parquet")
+    table = table.append_column("site", pa.array([f"site-{i % 3}" for i in range(len(table))]))
+    pq.write_table(table, tmp_path / "sites.parquet")
+    heads = "producer={name: mask_heads, share: 0.25, samples: 2, sample_tokens: 64}"
+    overrides = (f"corpus.uri={tmp_path}/sites.parquet", "corpus.source=site", "queries=null", heads)
+    run = run_without_ray(make(*overrides, "rank.transform=relative", "rank.fraction=0.34"))
+    finish(run)
+    rows = scores(run).to_pylist()
+    expected = []
+    for site in ("site-0", "site-1", "site-2"):
+        values = sorted(
+            (-row["score"] / (row["base_loss_per_token"] + 1e-3), row["example_id"])
+            for row in rows
+            if row["source"] == site
+        )
+        expected += [example_id for _, example_id in values[: math.ceil(0.34 * len(values))]]
+    selected = asked(f"FROM '{run.uri('topk')}/selected/*/*.parquet' ORDER BY source, place")
+    assert expected == selected["example_id"].to_pylist()
+    assert [1, 2, 3, 4] * 3 == selected["place"].to_pylist()
+    finish(freeze(make(*overrides, "rank.transform=relative", "rank.fraction=0.1")))
+    assert 3 == len(asked(f"FROM '{run.uri('topk')}/selected/*/*.parquet'"))
+    finish(freeze(make(*overrides, "rank.transform=relative")))
+    assert not list((tmp_path / "run" / "topk" / "selected").rglob("*.parquet"))
+
+
+# --- on Ray ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("producer", ["{steps: 3}", "{steps: 3, lora_rank: 4, lr: 0.1}"], ids=["weights", "adapters"])
+def test_workers_that_tune_together_make_the_same_counterpart(make, ray_cluster, producer):
+    """FSDP2 over two workers, each with half of the counterpart: that of one worker to 1e-5."""
+    alone = freeze(make(f"producer={producer}", name="alone"))
+    tuner = Tuner(alone, "cpu")
+    for query_id in alone.query_ids:
+        tuner.tune(query_id)
+    together = run_stage(make(f"producer={producer}", "resources.tune={workers: 2, shard: true}"), "tune")
+    for query_id in alone.query_ids:
+        expected, got = (tensors(run, query_id) for run in (alone, together))
+        assert sorted(expected) == sorted(got)
+        assert all(torch.allclose(tensor, got[name], atol=1e-5) for name, tensor in expected.items())
+
+
+def tensors(run, query_id):
+    """What is in a counterpart's file."""
+    return safetensors.torch.load(run.counterpart_tensors(query_id))
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_shaded_by_their_change(make, monkeypatch, capsys):
+    """`show --tokens`: every token of the texts found, with figures; those of one text add up to its scores."""
+    run = run_without_ray(make("task.reduction=sum"))
+    finish(run)
+    assert 0 == exit_code(monkeypatch, "show", run.uri(), "--query", "three", "--tokens", "--top", "2")
+    assert f"tokens         {run.uri('report', 'tokens-three.html')}" in capsys.readouterr().out
+    with open(run.uri("report", "tokens-three.html")) as page:
+        text = page.read()
+    ranked, _ = run.read_ranked()
+    row = of(ranked, "three", "proponent")[0]
+    (shaded,) = _shaded(run, "three", [row])
+    assert tokenizer()(TEXTS[3])["input_ids"][1:] == tokenizer()("".join(shaded.tokens))["input_ids"]
+    assert row["score"] == pytest.approx(shaded.score_T.sum(), abs=1e-4)
+    assert row["base_loss"] == pytest.approx(shaded.base_T.sum(), rel=1e-5)
+    assert len(shaded.tokens) <= text.count("<span style='background") - 2
+
+
+def test_tokens_of_what_is_no_text_are_a_clear_error(make_spec, monkeypatch, capsys):
+    """A classifier has none; a query must be named."""
+    run = run_without_ray(make_spec())
+    finish(run)
+    assert 2 == exit_code(monkeypatch, "show", run.uri(), "--query", "copy-of-3", "--tokens")
+    assert "task classification has no tokens" in capsys.readouterr().err
+    assert 2 == exit_code(monkeypatch, "show", run.uri(), "--tokens")
+    assert "of which query?" in capsys.readouterr().err
