@@ -60,7 +60,7 @@ def test_no_gpu_where_one_is_asked_for_is_an_error(make_spec, ray_cluster):
     with pytest.raises(ClusterError, match=r"resources\.tune: asked for 1 x 1 GPU, the cluster has 0"):
         attribute(make_spec("resources.tune.gpus=1"))
     tuned(make_spec())
-    with pytest.raises(ClusterError, match=r"resources\.score: asked for 1 x 1 GPU, the cluster has 0"):
+    with pytest.raises(ClusterError, match=r"resources\.score: asked for 2 x 1 GPU, the cluster has 0"):
         run_stage(make_spec("resources.score.gpus=1"), "score")
     with pytest.raises(ClusterError, match=r"asked for 2 x 99 CPU"):
         run_stage(make_spec("resources.score.cpus=99", "resources.score.actors=2"), "score")
