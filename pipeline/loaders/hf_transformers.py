@@ -40,8 +40,10 @@ class HfTransformers:
         """See Loader. No code that lies beside the weights is ever run."""
         try:
             from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+            from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise SpecError(f"model.loader hf_transformers: {error}", "pip install 'mirrorscope[hf]'") from error
+        disable_progress_bar()  # its own, between the lines of ours
         place = local_copy(self._uri)
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
