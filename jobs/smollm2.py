@@ -29,6 +29,7 @@ def write_model(folder: Path) -> None:
         )
     source = found.submodule_search_locations[0]
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, local_files_only=True, dtype=torch.float32)
+    quantised.config.__dict__.pop("quantization_config", None)  # what is saved is no GGUF any more
     plain = AutoModelForCausalLM.from_config(quantised.config, dtype=torch.float32)
     plain.load_state_dict(quantised.state_dict())
     AutoTokenizer.from_pretrained(source, gguf_file=FILE, local_files_only=True).save_pretrained(folder)
