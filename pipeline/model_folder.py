@@ -83,12 +83,10 @@ def local_copy(uri: str, patterns: Sequence[str] = MODEL_FILES) -> str:
             storage.download(f"{place}/{name}", unfinished / name)
         unfinished.rename(copy)
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if not copy.exists():  # another process was faster
             raise StorageError(
                 f"{uri} cannot be copied to {cache}: {error}", f"make room there, or set {CACHE} to another folder"
             ) from error
-    except BaseException:
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return str(copy)

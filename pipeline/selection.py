@@ -6,7 +6,7 @@ Writes: topk/selected/query_id=Q/part-NNNNN.parquet, SELECTED.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -35,35 +35,34 @@ def select(run: Run) -> dict[str, str]:
     Raises:
         ArtifactError, InputError, StorageError: As commits are read.
     """
-    fraction = run.spec.rank.fraction
-    written = (
-        {}
-        if fraction is None
-        else {path: sha256 for query_id in run.query_ids for path, sha256 in _selected(run, query_id, fraction)}
-    )
+    written: dict[str, str] = {}
+    if run.spec.rank.fraction is not None:
+        named = [path for receipt in run.receipts() if receipt.rows for path in receipt.files]
+        for query_id in run.query_ids:
+            written |= _selected(run, query_id, [path for path in named if path.startswith(_folder(query_id))])
     stale = [path for path in storage.objects(run.uri("topk", FOLDER)) if f"{FOLDER}/{path}" not in written]
     parallel(lambda path: storage.remove(run.uri("topk", FOLDER, path)), stale)
     return written
 
 
-def _selected(run: Run, query_id: str, fraction: float) -> Iterator[tuple[str, str]]:
+def _folder(query_id: str) -> str:
+    return f"scores/{partition(query_id)}/"
+
+
+def _selected(run: Run, query_id: str, paths: Sequence[str]) -> dict[str, str]:
+    """Write one query's selection out of its score files; path below topk/ -> sha256."""
     import duckdb
 
-    section = run.spec.rank
+    section, written = run.spec.rank, {}
+    filesystem, root = storage.data_filesystem(run.uri())
+    scores = ds.dataset([f"{root}/{path}" for path in paths], filesystem=filesystem, format="parquet")
     base_loss = stored(SCORES, run.per_token).names[SCORES.get_field_index(LOSSES[0])]
     value = value_sql(section.transform, section.eps, base_loss)
     with duckdb.connect() as connection:
-        connection.register("scores", _scores(run, query_id))
-        rows = connection.sql(_SQL.format(value=value, fraction=fraction)).to_arrow_reader(ROWS_PER_FILE)
+        connection.register("scores", scores)
+        rows = connection.sql(_SQL.format(value=value, fraction=section.fraction)).to_arrow_reader(ROWS_PER_FILE)
         for number, batch in enumerate(rows):
             path = f"{FOLDER}/{partition(query_id)}/part-{number:05d}.parquet"
             table = pa.Table.from_batches([batch]).cast(SELECTED)
-            yield path, run.write_table(table, "topk", path)["sha256"]
-
-
-def _scores(run: Run, query_id: str) -> ds.Dataset:
-    """A query's score rows: of the files that commits name, no others."""
-    folder = f"scores/{partition(query_id)}/"
-    paths = [path for receipt in run.receipts() if receipt.rows for path in receipt.files if path.startswith(folder)]
-    filesystem, root = storage.data_filesystem(run.uri())
-    return ds.dataset([f"{root}/{path}" for path in paths], filesystem=filesystem, format="parquet")
+            written[path] = run.write_table(table, "topk", path)["sha256"]
+    return written
