@@ -130,7 +130,8 @@ class CausalLMTask(LanguageTask):
     tokens: str | None = None
     """Column of token ids instead: no tokenizer is needed."""
     prompt: str | None = None
-    """Column of what stands before the text (or the tokens): read by the model, but its own loss does not count."""
+    """Column of what stands before the text (or the tokens): read by the model, but its own loss does not count. Null or empty:
+    nothing."""
     answer_only: bool = False
     """Conversations: only the last message counts, as an answer to all before it."""
     special_tokens: bool = True

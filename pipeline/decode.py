@@ -53,7 +53,7 @@ def decode(
 def _column(table: pa.Table, column: Column) -> tuple[np.ndarray, dict[int, str]]:
     """Array [N, *shape] with zeros where a row is bad, and what was got in each bad row."""
     if column.dtype in LANGUAGE:
-        return _language(table[column.columns[0]].combine_chunks(), column.dtype)
+        return _language(table[column.columns[0]].combine_chunks(), column)
     if len(column.columns) == 1:
         return _values(table[column.columns[0]].combine_chunks(), column)
     scalar = Column(column.name, (), column.dtype)
@@ -66,14 +66,15 @@ def _column(table: pa.Table, column: Column) -> tuple[np.ndarray, dict[int, str]
     return np.stack(parts, axis=-1).reshape(len(table), *column.shape), bad
 
 
-def _language(values: pa.Array, kind: str) -> tuple[np.ndarray, dict[int, str]]:
+def _language(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str]]:
     """Texts, conversations or token ids as they are: [N] objects, and what was got in each bad row."""
-    check = {"text": _a_text, "messages": _a_conversation, "tokens": _token_ids}[kind]
+    check = {"text": _a_text, "messages": _a_conversation, "tokens": _token_ids}[column.dtype]
+    nothing: Any = "" if column.dtype == "text" else []
     out = np.empty(len(values), object)
     bad: dict[int, str] = {}
     for i, value in enumerate(values.to_pylist()):
         try:
-            out[i] = check(value)
+            out[i] = nothing if column.optional and not value else check(value)
         except ValueError as error:
             bad[i] = str(error)
     return out, bad

@@ -157,18 +157,20 @@ class Column:
         dtype: numpy dtype of the decoded array, `float32`, `float64` or `int64`. Or what a language task makes tokens of:
             `text`, `messages` (a list of {role, content}) or `tokens` (a list of ids), each decoded to an object per row.
         shape: Shape of one example, `()` for a number. Image bytes decode to (C, H, W) floats in [0, 1].
+        optional: Of a text or token ids: null, or an empty one, is none at all and no error.
     """
 
     name: str
     columns: tuple[str, ...]
     dtype: str = "float32"
     shape: tuple[int, ...] = ()
+    optional: bool = False
 
     @property
     def expected(self) -> str:
         """What a good value looks like, for messages."""
         if self.dtype in LANGUAGE:
-            return LANGUAGE[self.dtype]
+            return LANGUAGE[self.dtype] + (", or null" if self.optional else "")
         size = "x".join(map(str, self.shape))
         if self.dtype.startswith("int"):
             return f"integers of shape {size}" if self.shape else "an integer"

@@ -42,7 +42,7 @@ class CausalLM:
         text: Corpus column of the text; null for `text`.
         messages: Corpus column of a conversation, instead of a text: a list of {role, content}.
         tokens: Corpus column of token ids, instead of a text.
-        prompt: Corpus column of what stands before the text (or tokens) and whose tokens do not count.
+        prompt: Corpus column of what stands before the text (or tokens) and whose tokens do not count; null or empty for nothing.
         answer_only: Of a conversation only the last message counts.
         tokenizer_uri: Folder of the tokenizer; null if there are tokens only.
         special_tokens: Whether the tokenizer adds its own (a first token, a last one).
@@ -82,7 +82,9 @@ class CausalLM:
     def columns(self) -> list[Column]:
         """See Task."""
         found = [Column(self._kind, (self._column,), self._kind)]
-        return found + ([Column("prompt", (self._prompt,), self._kind)] if self._prompt is not None else [])
+        return found + (
+            [Column("prompt", (self._prompt,), self._kind, optional=True)] if self._prompt is not None else []
+        )
 
     def encode(self, raw: Mapping[str, np.ndarray]) -> Sequences:
         """See SequenceTask."""

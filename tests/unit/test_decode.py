@@ -332,3 +332,16 @@ def test_columns_to_be_stacked_are_checked_as_the_single_numbers_they_are():
         type_problem(pa.float32(), stacked),
         type_problem(pa.string(), stacked),
     )
+
+
+@pytest.mark.parametrize(("dtype", "value", "nothing"), [("text", "asked", ""), ("tokens", [3, 4], [])])
+def test_an_optional_column_may_be_empty(dtype, value, nothing):
+    """Null and empty are nothing at all, and no error; what is wrong is still said. Of other columns both are rejected."""
+    values = [value, None, nothing]
+    array, bad = decoded(values, Column("x", ("x",), dtype, optional=True))
+    assert ([value, nothing, nothing], {}) == (array.tolist(), bad)
+    assert {1, 2} == set(decoded(values, Column("x", ("x",), dtype))[1])
+    if dtype == "tokens":
+        assert ["'a' among the token ids"] == list(
+            decoded(["[1]", '["a"]'], Column("x", ("x",), dtype, optional=True))[1].values()
+        )

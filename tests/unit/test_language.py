@@ -173,6 +173,15 @@ def test_a_prompt_is_read_but_does_not_count(folder):
     assert own_loss(model, ids, labels) == pytest.approx(losses(lm, model, sequences)[0], abs=1e-5)
 
 
+def test_without_a_prompt_all_of_a_text_counts(folder):
+    """An empty prompt is none: the same tokens count, with the same loss."""
+    bare, prompted, model = task(folder), task(folder, prompt="question"), gpt()
+    alone, empty = encode(bare, TEXTS[0]), encode(prompted, TEXTS[0], prompt=[""])
+    assert alone.num_tokens_N.tolist() == empty.num_tokens_N.tolist()
+    assert losses(bare, model, alone).tolist() == losses(prompted, model, empty).tolist()
+    assert [False, True] == [column.optional for column in prompted.columns()]
+
+
 def test_a_conversation_is_the_templates_text(folder):
     """All of it, or its last message alone."""
     talk = [{"role": "user", "content": "Where was Ada born?"}, {"role": "assistant", "content": "In Lisbon."}]
