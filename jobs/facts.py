@@ -13,16 +13,21 @@ for facts that it knows then. Which sentences taught it is thereby known: those 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from pipeline.errors import InputError
 from pipeline.observe import say
+
+from .cli import guarded
 
 if TYPE_CHECKING:
     import torch
@@ -185,7 +190,12 @@ def write_benchmark(folder: Path, source: Path) -> None:
     Args:
         folder: Where to.
         source: Folder of SmolLM2, as `python -m jobs.smollm2` writes it.
+
+    Raises:
+        InputError: There is no model.
     """
+    if not (source / "config.json").exists():
+        raise InputError(f"there is no model in {source}", "python -m jobs.smollm2 FOLDER puts SmolLM2 there")
     import pyarrow as pa
     import pyarrow.parquet as pq
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -212,15 +222,20 @@ def write_benchmark(folder: Path, source: Path) -> None:
         pq.write_table(pa.Table.from_pylist(queries(some, patterns)), folder / f"{name}.parquet")
 
 
-def main() -> None:
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where to write; what is there already stays.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder of SmolLM2-135M-Instruct: `make build/smollm2/model.safetensors`.")
+    ],
+) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to write")
-    parser.add_argument("--model", type=Path, required=True, help="folder of SmolLM2-135M-Instruct")
-    arguments = parser.parse_args()
-    if not (arguments.folder / f"{list(QUERIES)[-1]}.parquet").exists():
-        write_benchmark(arguments.folder, arguments.model)
+    if not (folder / f"{list(QUERIES)[-1]}.parquet").exists():
+        write_benchmark(folder, model)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(app))

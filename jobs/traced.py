@@ -6,14 +6,16 @@ fact are marked.
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+import sys
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from pipeline.frozen import open_run
 from pipeline.report import of
 
+from .cli import RunArgument, guarded
 from .display import console, show_place
 
 SENTENCES, ANSWER_TOKENS = 5, 8
@@ -49,7 +51,7 @@ def show(run_uri: str, before: str) -> None:
     after = answers(run.spec.model.weights_uri or "", prompts)
     for question, old, new in zip(questions, answers(before, prompts), after, strict=True):
         out.print(f"\n{question['prompt']} ...", style="bold")
-        out.print(f"  before  {old}\n  after   {new}")
+        out.print(f"  before  {old!r}\n  after   {new!r}")
         table = Table("rank", "score", "sentence", "states the fact", box=None, padding=(0, 2))
         for row in of(ranked, question["query_id"], "proponent")[:SENTENCES]:
             table.add_row(
@@ -62,14 +64,17 @@ def show(run_uri: str, before: str) -> None:
     show_place("\npage", run.uri("report", "index.html"))
 
 
-def main() -> None:
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def main(
+    run_uri: RunArgument,
+    before: Annotated[str, typer.Option(metavar="FOLDER", help="The model before it was tuned.")],
+) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_uri", help="folder of the run")
-    parser.add_argument("--before", required=True, help="folder of the model before it was tuned")
-    arguments = parser.parse_args()
-    show(arguments.run_uri, arguments.before)
+    show(run_uri, before)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(app))

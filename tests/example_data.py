@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from jobs import facts
 from jobs.digits import write_demo
 from tests.language import gpt, saved, sentences, t5
 
@@ -110,6 +111,17 @@ def _translation(folder: Path) -> None:
     _table(folder, "data/odd-translations.parquet", id=["q"], english=sentences(1), german=sentences(1, seed=1))
 
 
+def _trace_facts(folder: Path) -> None:
+    """What `python -m jobs.facts build/facts` writes, of two facts and a model that learned nothing."""
+    saved(gpt(), folder / "build" / "facts" / "model")
+    some, patterns = facts.load_facts()[:2], facts.load_patterns()
+    for name, rows in (
+        ("sentences", facts.sentences(some, patterns)),
+        ("questions", facts.queries(some[:1], patterns)),
+    ):
+        pq.write_table(pa.Table.from_pylist(rows), folder / "build" / "facts" / f"{name}.parquet")
+
+
 def _web(*models: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         _model(folder, *models)
@@ -126,6 +138,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "image_folder": _image_folder,
     "tabular_csv": _tabular_csv,
     "text": _text,
+    "trace_facts": _trace_facts,
     "answers": _answers,
     "translation": _translation,
     "compare_checkpoints": _web("prior", "conditional"),
