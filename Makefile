@@ -6,6 +6,9 @@ READY  := $(VENV)/.installed
 SMOLLM2 := build/smollm2/model.safetensors
 FACTS  := build/facts
 
+# A thread that waits lets others run: on cores that several processes share, spinning made training ten times slower.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-s3 demo-facts test test-fast test-faults check format bench bench-facts bench-scale clean
 
