@@ -14,19 +14,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.artifacts import Run
 from pipeline.evaluate import interval, retrieval
 from pipeline.extensions import load_model, load_task, prepared
-from pipeline.freeze import freeze
+from pipeline.folder import partition
 from pipeline.observe import say
-from pipeline.scorer import ShardScorer
 from pipeline.specfile import load_spec
-from pipeline.tune import Tuner
 from tests.bench import baselines
 from tests.bench.table import FOLDER, machine
+from tests.conftest import run_without_ray
 
 WORLD, SPEC = Path("build/facts"), "jobs/specs/trace_facts.yaml"
 QUERIES_PER_RUN = 4
@@ -50,9 +51,14 @@ class Facts:
         self.queries = pq.read_table(folder / queries)
         table = pq.read_table(folder / "sentences.parquet")
         self.ids, self.texts = table["id"].to_pylist(), table["text"].to_pylist()
-        facts, objects = (np.asarray(table[name].to_pylist()) for name in ("fact", "object"))
-        self.truth_QN = np.stack([facts == query for query in self.queries["query_id"].to_pylist()])
-        self.same_object_QN = np.stack([objects == name for name in self.queries["object"].to_pylist()])
+        self.truth_QN = self._equal(table["fact"], self.queries["query_id"])
+        self.same_object_QN = self._equal(table["object"], self.queries["object"])
+        same_subject_QN = self._equal(table["subject"], self.queries["subject"])
+        self.twin_Q = (same_subject_QN & self.same_object_QN & ~self.truth_QN).any(axis=1)
+
+    def _equal(self, of_texts: pa.ChunkedArray, of_queries: pa.ChunkedArray) -> np.ndarray:
+        texts_N = np.asarray(of_texts.to_pylist())
+        return np.stack([texts_N == value for value in of_queries.to_pylist()])
 
     def asked(self) -> list[str]:
         """Questions with their answers, as text."""
@@ -73,31 +79,26 @@ class Facts:
 
 def ours(facts: Facts) -> np.ndarray:
     """Scores of the spec's recipe: [Q, N]. A few queries per run, so that few counterparts are held at a time."""
-    place = {example_id: number for number, example_id in enumerate(facts.ids)}
-    rows = []
+    parts = []
     for start in range(0, facts.queries.num_rows, QUERIES_PER_RUN):
         with TemporaryDirectory() as folder:
             queries = facts.queries.slice(start, QUERIES_PER_RUN)
             pq.write_table(queries, f"{folder}/queries.parquet")
             uris = [f"run.uri={folder}/run", f"queries.uri={folder}/queries.parquet"]
-            run = freeze(load_spec(SPEC, [*facts.overrides, *uris]))
-            tuner = Tuner(run, "cpu")
-            for query_id in run.query_ids:
-                tuner.tune(query_id)
-            del tuner
-            scorer = ShardScorer(run, "cpu")
-            for work in run.works():
-                scorer.score(work)
-            del scorer
-            for query_id in queries["query_id"].to_pylist():
-                table = pq.read_table(
-                    run.uri("scores", f"query_id={query_id}"), columns=["example_id", "score"], partitioning=None
-                )
-                score_N = np.full(len(place), np.nan)
-                score_N[[place[each] for each in table["example_id"].to_pylist()]] = table["score"].to_numpy()
-                rows.append(score_N)
-        say(f"{min(start + QUERIES_PER_RUN, facts.queries.num_rows)} of {facts.queries.num_rows} queries scored")
-    return np.stack(rows)
+            run = run_without_ray(load_spec(SPEC, [*facts.overrides, *uris]))
+            parts += [_in_order(run, query_id, facts.ids) for query_id in queries["query_id"].to_pylist()]
+        say(f"{len(parts)} of {facts.queries.num_rows} queries scored")
+    return np.stack(parts)
+
+
+def _in_order(run: Run, query_id: str, ids: Sequence[str]) -> np.ndarray:
+    """Scores [N] of one query; every example has one."""
+    place = {example_id: number for number, example_id in enumerate(ids)}
+    uri = run.uri("scores", partition(query_id))
+    table = pq.read_table(uri, columns=["example_id", "score"], partitioning=None)
+    score_N = np.full(len(ids), np.nan)
+    score_N[[place[each] for each in table["example_id"].to_pylist()]] = table["score"].to_numpy()
+    return score_N
 
 
 def all_scores(facts: Facts) -> Iterator[tuple[str, np.ndarray]]:
@@ -144,14 +145,27 @@ def show(rows: list[dict[str, Any]], facts: Facts) -> None:
     out = Console(width=150)
     for over, title in (("all", f"over all {n} sentences"), ("pool", "over each query's pool, as in FTRACE")):
         table = Table(title=f"{q} queries, {title}; 95 % of bootstraps", title_justify="left")
-        for column in ("method", "MRR", f"recall@{DEPTH}", f"precision@{DEPTH}", "MRR of the first, less this one's"):
-            table.add_column(column)
+        names = (
+            "method",
+            "MRR",
+            "of twins",
+            "of others",
+            f"recall@{DEPTH}",
+            f"precision@{DEPTH}",
+            "MRR of ours, less this one's",
+        )
+        for column in names:
+            table.add_column(column, no_wrap=column == "method")
         some = [row for row in rows if row["over"] == over]
         for row in some:
-            less = np.subtract(some[0]["reciprocal_rank"], row["reciprocal_rank"])
-            cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in ("mrr", "recall", "precision")]
-            cells.append("" if row is some[0] else "{:+.2f} ({:+.2f} to {:+.2f})".format(less.mean(), *interval(less)))
-            table.add_row(row["method"], *cells)
+            rank_Q = np.array(row["reciprocal_rank"])
+            less_Q = np.array(some[0]["reciprocal_rank"]) - rank_Q
+            mrr, recall, precision = (
+                "{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in ("mrr", "recall", "precision")
+            )
+            kinds = (f"{rank_Q[kind_Q].mean():.2f}" for kind_Q in (facts.twin_Q, ~facts.twin_Q))
+            less = "{:+.2f} ({:+.2f} to {:+.2f})".format(less_Q.mean(), *interval(less_Q)) if row is not some[0] else ""
+            table.add_row(row["method"], mrr, *kinds, recall, precision, less)
         out.print(table)
     out.print(machine())
 

@@ -30,7 +30,7 @@ from tests.bench.bench import forget_scores
 from tests.bench.table import Row, at_least, machine, publish
 
 MODEL = Path("build/smollm2")
-TEXTS, SHORTEST, LONGEST = 64, 10, 1024
+TEXTS, SHORTEST, LONGEST = 24, 10, 1024
 ROWS_PACKED, ROWS_PADDED = 4, 8
 PAIRS = 3
 _WORDS = [
