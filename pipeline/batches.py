@@ -19,6 +19,12 @@ from typing import Protocol
 import numpy as np
 
 
+ALIKE = 0.9
+"""Length of the shortest sequence of a batch, over that of the longest."""
+BEGUN = 0.125
+"""Share of a batch's tokens below which it is filled with whatever comes."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What goes through a model at once.
@@ -170,13 +176,17 @@ class Sequences:
     def batches(self, batch_rows: int, batch_tokens: int) -> Iterator[Batch]:
         """In batches of at most `batch_tokens` tokens, padding included; a sequence that is longer than that goes alone.
 
-        Longest first, so that memory is at its peak in the first batch. A function of the sequences alone.
+        Longest first, so that memory is at its peak in the first batch. A sequence that would be padded by more than a tenth
+        begins the next batch, unless this one has hardly begun. A function of the sequences alone.
         """
         length_S = np.max([ragged.length_S for ragged in self.columns.values()], axis=0)
         order_S = np.argsort(-length_S, kind="stable")
         start = 0
         while start < self.items:
-            item_B = order_S[start : start + max(1, batch_tokens // int(length_S[order_S[start]]))]
+            longest = int(length_S[order_S[start]])
+            alike = int((length_S[order_S[start:]] >= ALIKE * longest).sum())
+            rows = min(batch_tokens // longest, max(alike, int(BEGUN * batch_tokens) // longest))
+            item_B = order_S[start : start + max(1, rows)]
             yield Batch(item_B, {name: ragged.padded(item_B) for name, ragged in self.columns.items()})
             start += len(item_B)
 
