@@ -72,6 +72,7 @@ class HfTransformers:
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise InputError(f"{self._uri} cannot be loaded: {_first_line(error)}") from error
         _require_whole(self._uri, type(model).__name__, said)
+        model.config.use_cache = False  # keys and values are for texts that go on
         if self._adapter_uri is not None:
             model = merged(model, self._adapter_uri)
         return (model if spread else model.to(device)).eval()
