@@ -18,7 +18,6 @@ from typing import Protocol
 
 import numpy as np
 
-
 ALIKE = 0.9
 """Length of the shortest sequence of a batch, over that of the longest."""
 BEGUN = 0.125
