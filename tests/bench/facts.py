@@ -121,22 +121,18 @@ def _columns(texts: Sequence[str], prompts: Sequence[str]) -> dict[str, np.ndarr
     return {"text": np.array(texts, object), "prompt": np.array(prompts, object)}
 
 
-def measured(facts: Facts, methods: Iterator[tuple[str, np.ndarray]]) -> list[dict[str, Any]]:
-    """MRR, recall and precision of every method over all sentences and over FTRACE's pools, with intervals."""
+def measured(facts: Facts) -> Iterator[list[dict[str, Any]]]:
+    """MRR, recall and precision over all sentences and over FTRACE's pools, with intervals: of all methods so far."""
     pool_QN = facts.pool(baselines.bm25(facts.texts, facts.asked()))
-    rows = []
-    for name, score_QN in methods:
+    rows: list[dict[str, Any]] = []
+    for name, score_QN in all_scores(facts):
         for over, ranked_QN in (("all", None), ("pool", pool_QN)):
             found = retrieval(score_QN, facts.truth_QN, DEPTH, ranked_QN)
-            rows.append({"method": name, "over": over, "reciprocal_rank": found.reciprocal_rank_Q.tolist()})
-            for measure, value_Q in (
-                ("mrr", found.reciprocal_rank_Q),
-                ("recall", found.recall_Q),
-                ("precision", found.precision_Q),
-            ):
-                rows[-1][measure] = [float(value_Q.mean()), *interval(value_Q)]
+            values = {"mrr": found.reciprocal_rank_Q, "recall": found.recall_Q, "precision": found.precision_Q}
+            means = {measure: [float(value_Q.mean()), *interval(value_Q)] for measure, value_Q in values.items()}
+            rows.append({"method": name, "over": over, "reciprocal_rank": found.reciprocal_rank_Q.tolist(), **means})
         say(f"{name}: MRR {rows[-2]['mrr'][0]:.3f}")
-    return rows
+        yield rows
 
 
 def show(rows: list[dict[str, Any]], facts: Facts) -> None:
@@ -171,15 +167,15 @@ def show(rows: list[dict[str, Any]], facts: Facts) -> None:
 
 
 def main() -> None:
-    """The evaluated queries."""
+    """The evaluated queries. What is measured is written at once: build/bench/facts.json."""
     started_s = time.perf_counter()
     facts = Facts(WORLD, "evaluated.parquet")
-    rows = measured(facts, all_scores(facts))
+    rows: list[dict[str, Any]] = []
+    for rows in measured(facts):
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        report = {"conditions": machine(), "seconds": round(time.perf_counter() - started_s), "rows": rows}
+        (FOLDER / "facts.json").write_text(json.dumps(report, indent=1) + "\n")
     show(rows, facts)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "facts.json").write_text(
-        json.dumps({"conditions": machine(), "seconds": time.perf_counter() - started_s, "rows": rows}, indent=1) + "\n"
-    )
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ def facts(tmp_path_factory) -> bench.Facts:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp, of itself
 def test_the_sentences_that_taught_a_fact_are_found(facts, capsys):
     """16 questions, 120 sentences: MRR above .5 (chance .05) and above that of gradient dot products; and all of it is told."""
-    rows = bench.measured(facts, bench.all_scores(facts))
+    *_, rows = bench.measured(facts)
     mrr = {(row["method"], row["over"]): row["mrr"][0] for row in rows}
-    assert mrr[("chance", "all")] < 0.15
+    assert mrr[("chance", "all")] < 0.25
     assert mrr[("gradients (TracIn)", "all")] < mrr[(bench.OURS, "all")] <= mrr[(bench.OURS, "pool")]
     assert mrr[(bench.OURS, "all")] > 0.5
     assert all(low <= value <= high for row in rows for value, low, high in [row["mrr"], row["recall"]])
