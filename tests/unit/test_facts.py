@@ -14,6 +14,7 @@ def test_the_slice_is_whole():
     asked_in = {first for first, *_ in patterns.values()}
     assert 1000 == len(facts_) == len({fact.id for fact in facts_})
     assert 200 < len(facts.twins(facts_))
+    assert {1} == set(Counter(each for some in patterns.values() for each in some).values()), "says two relations"
     for relation in {fact.relation for fact in facts_}:
         assert len([each for each in patterns[relation] if each not in asked_in]) >= facts.SENTENCES_PER_FACT
         assert patterns[relation][0].endswith("[Y].")
