@@ -40,8 +40,6 @@ LIKELIEST = 10
 QUERIES = {"questions": 4, "tuning": 12, "evaluated": 40}
 EPOCHS, BATCH_ROWS, LR = 3, 16, 1e-4
 SEED = 0
-IGNORED = -100
-"""Label of what does not count, to Hugging Face's models."""
 Patterns = dict[str, list[str]]
 
 
@@ -176,6 +174,8 @@ def tune(model: nn.Module, tokenizer: Any, texts: Sequence[str], seed: int = SEE
 
 
 def _batches(tokenizer: Any, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    from pipeline.tasks.tokens import IGNORED
+
     for start in range(0, len(texts), BATCH_ROWS):
         batch = tokenizer(
             list(texts[start : start + BATCH_ROWS]), return_tensors="pt", padding=True, padding_side="right"
