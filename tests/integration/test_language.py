@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import duckdb
 import pyarrow as pa
@@ -14,10 +16,12 @@ from pipeline.errors import InputError, SpecError
 from pipeline.freeze import freeze
 from pipeline.report import of
 from pipeline.run import finish, run_stage
+from pipeline.scorer import ShardScorer
 from pipeline.shading import _shaded
 from pipeline.specfile import parse_spec
+from pipeline.tasks.language import CausalLM
 from pipeline.tune import Tuner
-from tests.conftest import exit_code, run_without_ray
+from tests.conftest import exit_code, run_without_ray, tuned
 from tests.language import gpt, saved, sentences, tokenizer
 
 pytestmark = pytest.mark.slow  # by its number of runs
@@ -128,6 +132,35 @@ def test_other_shards_and_batches_give_the_same_scores(make):
     other = run_without_ray(make("score.shard_rows=30", "score.batch_tokens=1000", name="other"))
     for name in ("base_loss_per_token", "counterpart_loss_per_token", "score"):
         assert scores(one)[name].to_pylist() == pytest.approx(scores(other)[name].to_pylist(), abs=1e-5)
+
+
+def test_the_next_shard_becomes_tokens_while_one_is_scored(make, monkeypatch):
+    """The first forward pass does not go on before the other shard is tokenised: were it one after the other, it never would."""
+    run = freeze(tuned(make("score.shard_rows=15")))
+    scorer, tokenised, encode, loss_B = (
+        ShardScorer(run, "cpu"),
+        threading.Semaphore(0),
+        CausalLM.encode,
+        CausalLM.loss_B,
+    )
+    waited = []
+
+    def encoding(task, columns):
+        inputs = encode(task, columns)
+        tokenised.release()
+        return inputs
+
+    def waiting(task, model, batch):
+        if not waited:
+            waited.extend(tokenised.acquire(timeout=30) for _ in range(2))
+        return loss_B(task, model, batch)
+
+    monkeypatch.setattr(CausalLM, "encode", encoding)
+    monkeypatch.setattr(CausalLM, "loss_B", waiting)
+    with ThreadPoolExecutor(2) as threads:
+        receipts = list(threads.map(scorer.score, run.works()))
+    assert [True, True] == waited
+    assert [15, 15] == [receipt.rows for receipt in receipts]
 
 
 def test_another_ranking_of_means_reads_the_score_files(make):
