@@ -12,6 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .errors import ContractError
+
 _LEFT, _RIGHT = ".low_rank_left", ".low_rank_right"
 
 
@@ -38,7 +40,8 @@ class LowRank:
 
     def added_to(self, base: Tensor, out: Tensor) -> None:
         """The changed matrix into `out`, rounded once."""
-        out.copy_(base.to(self.left.dtype).addmm(self.left, self.right))
+        dtype = torch.promote_types(base.dtype, self.left.dtype)
+        out.copy_(base.to(dtype).addmm(self.left.to(dtype), self.right.to(dtype)))
 
 
 Change = Tensor | LowRank
@@ -52,14 +55,22 @@ def between(base: nn.Module, counterpart: nn.Module, factors: Mapping[str, LowRa
         base: The base model.
         counterpart: A model of the same names.
         factors: Changes that are known as products; the counterpart holds their result.
+
+    Raises:
+        ContractError: Tensors that the base ties differ in the counterpart: the base's one slot cannot hold both.
     """
     before = base.state_dict()
     changed: dict[str, tuple[Change, float]] = {}
-    seen: set[tuple[int, torch.Size]] = set()
+    first: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
     for name, tensor in counterpart.state_dict().items():
-        place = tensor.data_ptr(), tensor.shape
-        if place not in seen and not torch.equal(before[name], tensor):
-            seen.add(place)
+        tied_to, same = first.setdefault((before[name].data_ptr(), tensor.shape), (name, tensor))
+        if tied_to != name:
+            if same.data_ptr() != tensor.data_ptr() and not torch.equal(same, tensor):
+                raise ContractError(
+                    f"{tied_to} and {name} are one tensor in the base and two in the counterpart",
+                    "save the base with weights of their own for both (tie_word_embeddings: false)",
+                )
+        elif not torch.equal(before[name], tensor):
             norm = float((tensor.double() - before[name].double()).norm())
             factor = factors.get(name)
             whole = tensor.detach().cpu().contiguous().clone() if factor is None else factor.to(torch.empty(0))

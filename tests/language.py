@@ -41,7 +41,7 @@ def tokenizer(template: str | None = CHAT, texts: list[str] | None = None, vocab
     return found
 
 
-def gpt(seed: int = 0, layers: int = 2) -> torch.nn.Module:
+def gpt(seed: int = 0, layers: int = 2, tied: bool = False) -> torch.nn.Module:
     """A causal model: Llama's architecture."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,6 +54,7 @@ def gpt(seed: int = 0, layers: int = 2) -> torch.nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
+        tie_word_embeddings=tied,
         initializer_range=0.2,  # else an untrained model says the same of every token
     )
     return LlamaForCausalLM(config).eval()

@@ -61,8 +61,9 @@ def fold(model: nn.Module) -> dict[str, LowRank]:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
             weight = layer.get_base_layer().weight
-            left = layer.lora_B[NAME].weight.detach().float() * layer.scaling[NAME]
-            right = layer.lora_A[NAME].weight.detach().float()
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            left = layer.lora_B[NAME].weight.detach().to(dtype) * layer.scaling[NAME]
+            right = layer.lora_A[NAME].weight.detach().to(dtype)
             product = LowRank(right.T, left.T) if layer.fan_in_fan_out else LowRank(left, right)
             with torch.no_grad():
                 product.added_to(weight.data.clone(), weight.data)

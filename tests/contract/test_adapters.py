@@ -30,8 +30,8 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=48)).eval()
 
 
-def produce(base, section=Unlearn, seed=3, **fields):
-    made = load_producer(section(lora_rank=4, steps=3, lr=0.1, **fields)).produce(base, TASK, batch(), seed)
+def produce(base, section=Unlearn, seed=3, lr=0.1, **fields):
+    made = load_producer(section(lora_rank=4, steps=3, lr=lr, **fields)).produce(base, TASK, batch(), seed)
     found = changes.between(base, made.model, made.factors)
     return made, {name: change for name, (change, _) in found.items()}
 
@@ -69,6 +69,16 @@ def test_the_counterpart_is_what_peft_computes():
         after = model(input_ids=batch()["input_ids"]).logits
     assert torch.allclose(before, after, atol=1e-4)
     assert list(gpt().state_dict()) == list(model.state_dict())
+
+
+def test_a_model_in_float64_has_products_in_float64():
+    """Nothing is rounded to less: however small, the change is the product and nothing else."""
+    base = gpt().double()
+    made, changed = produce(base, lr=1e-7)
+    for name, change in changed.items():
+        moved = made.model.state_dict()[name] - base.state_dict()[name]
+        assert torch.allclose(moved, change.left @ change.right, rtol=0, atol=1e-15)
+        assert 0 < moved.abs().max() < 1e-6
 
 
 def test_counterparts_of_both_kinds_share_an_engine():

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -11,7 +12,7 @@ from pipeline.errors import ContractError, InputError, SpecError
 from pipeline.extensions import load_producer, needs_query
 from pipeline.producer_choices import MaskHeads, Reference
 from pipeline.producers import mask_heads
-from tests.contract.test_adapters import gpt2
+from tests.contract.test_adapters import gpt2, losses
 from tests.contract.test_hf_transformers import adapter, logits
 from tests.language import VOCABULARY, gpt, saved
 from tests.unit.test_spec import parse
@@ -51,6 +52,24 @@ def test_only_what_differs_is_a_change(tmp_path):
     other.model.layers[1].self_attn.q_proj.weight.data += 1
     made = produce(Reference(weights_uri=saved(other, tmp_path)), gpt())
     assert ["model.layers.1.self_attn.q_proj.weight"] == list(changes.between(gpt(), made.model, made.factors))
+
+
+def test_a_checkpoint_that_ties_what_the_base_does_not_is_the_counterpart(tmp_path):
+    """Both of the base's tensors change to the one: the counterpart's own losses."""
+    base = gpt(seed=1)
+    made = produce(Reference(weights_uri=saved(gpt(tied=True), tmp_path)), base)
+    found = {name: change for name, (change, _) in changes.between(base, made.model, made.factors).items()}
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(found)
+    assert np.array_equal(losses(gpt(tied=True)).base_N, losses(base, found).counterpart_QN[0])
+
+
+def test_a_checkpoint_that_unties_what_the_base_ties_is_refused(tmp_path):
+    """The base has one tensor for both, also where only one of them is another than the base's."""
+    other = gpt()
+    for base in (gpt(seed=1, tied=True), gpt(tied=True)):
+        made = produce(Reference(weights_uri=saved(other, tmp_path)), base)
+        with pytest.raises(ContractError, match=r"one tensor in the base and two in the counterpart(.|\n)*tie_word"):
+            changes.between(base, made.model, made.factors)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
