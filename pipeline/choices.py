@@ -140,7 +140,7 @@ class CausalLMTask(LanguageTask):
     """Whether the end-of-text token stands, and counts, behind every text."""
     overlong: Literal["cut", "windows", "reject"] = "cut"
     """An example of more than `max_tokens`: its first tokens only; or all of it in windows, each with the one token before it
-    as its context; or rejected. How many there were stands in the commits."""
+    as its context; or rejected. How many there were stands in the commits. A query is never split: `windows` refuses one."""
 
     @model_validator(mode="after")
     def _one_input(self) -> CausalLMTask:

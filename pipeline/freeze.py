@@ -27,7 +27,7 @@ from .frozen import create_addition, create_run, is_run, open_run, save_spec
 from .importing import user_code
 from .observe import say
 from .plan import Plan, added_fingerprint, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
-from .queries import query_inputs, read_queries
+from .queries import checked_queries
 from .records import RANKED
 from .sections import Section
 from .spec import Resolved, Spec
@@ -95,20 +95,14 @@ def _survey(spec: Spec) -> Run:
     with user_code(f"task: {spec.task.implementation}"):
         task = load_task(spec.task)
         columns = task.columns()
-    producer = load_producer(spec.producer)
+    _require_queries_if_needed(spec)
     load_loader(spec.model)
     corpus = Corpus(spec.corpus)
     measured = corpus.measure(corpus.list_files(), columns)
-    if spec.queries is not None:
-        queries = read_queries(spec.queries, columns, corpus.resolved.classes)
-        query_inputs(queries, columns, task)
-    elif needs_query(producer):
-        raise SpecError(
-            f"queries: missing; producer {spec.producer.implementation} tunes on them",
-            "name a file of rows to ask about",
-        )
-    else:
+    if spec.queries is None:
         queries = pa.table({"query_id": [spec.producer.implementation]})
+    else:
+        queries = checked_queries(spec.queries, columns, corpus.resolved.classes, task)
     query_ids = _query_ids(queries)
     rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)
@@ -119,6 +113,15 @@ def _survey(spec: Spec) -> Run:
     resolved = resolved.model_copy(update={"resolved": frozen})
     first = Addition(0, frozen.fingerprint, 0, len(shards), query_ids)
     return Run(resolved, Manifest.of(shards), tuple(columns), queries, (first,))
+
+
+def _require_queries_if_needed(spec: Spec) -> None:
+    """See that there are queries for a producer that tunes on them, and none for one that does not. Raises SpecError."""
+    needed, name = needs_query(load_producer(spec.producer)), spec.producer.implementation
+    if needed and spec.queries is None:
+        raise SpecError(f"queries: missing; producer {name} tunes on them", "name a file of rows to ask about")
+    if not needed and spec.queries is not None:
+        raise SpecError(f"queries: producer {name} tunes on none: it makes one counterpart", "leave the section out")
 
 
 def _query_ids(queries: pa.Table) -> tuple[str, ...]:
@@ -282,8 +285,7 @@ def _new_queries(run: Run, uri: str) -> tuple[pa.Table | None, str | None]:
     digest = queries_digest(section, run.spec.corpus.classes)
     if digest in {run.resolved.digests["queries"], *(addition.queries_digest for addition in run.additions)}:
         return None, None
-    queries = read_queries(section, run.columns, run.spec.corpus.classes)
-    query_inputs(queries, run.columns, load_task(run.spec.task))
+    queries = checked_queries(section, run.columns, run.spec.corpus.classes, load_task(run.spec.task))
     if known := [query_id for query_id in _query_ids(queries) if query_id in run.query_ids]:
         raise InputError(
             f"{uri}: {len(known)} query ids are in the run already, first {known[0]!r}",

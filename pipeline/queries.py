@@ -14,6 +14,7 @@ from .corpus import as_text, check_columns, concat_rows, open_format
 from .decode import decode
 from .errors import InputError
 from .extensions import prepared
+from .observe import say
 from .plan import make_shards
 from .records import Column
 from .spec import QueriesSection
@@ -67,17 +68,36 @@ def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Se
     return concat_rows(tables)
 
 
+def checked_queries(
+    section: QueriesSection, columns: Sequence[Column], classes: Sequence[str] | None, task: Task
+) -> pa.Table:
+    """All query rows, seen to be such as the task's model takes; says which are cut. Raises as the functions beside it."""
+    table = read_queries(section, columns, classes)
+    for query_id, inputs in query_inputs(table, columns, task).items():
+        if inputs.overlong:
+            say(
+                f"warning: query {query_id!r}: {inputs.overlong} of its rows are longer than task.max_tokens and were cut"
+            )
+    return table
+
+
 def query_inputs(table: pa.Table, columns: Sequence[Column], task: Task) -> dict[str, Inputs]:
     """Query id -> its rows as the task's model takes them, in order of first appearance.
 
     Raises:
-        InputError: A row cannot be decoded, or is no text that the model can read.
+        InputError: A row cannot be decoded, is no text that the model can read, or one that would be split: a producer takes the
+            mean over rows, in which a window of one token would count as much as a full one.
     """
     found = {}
     for query_id, arrays in _decoded(table, columns).items():
         found[query_id] = prepared(task, arrays)
         for row, got in found[query_id].bad.items():
             raise InputError(f"query {query_id!r}, row {row}: got {got}, expected tokens that can be scored")
+        if found[query_id].items > len(next(iter(arrays.values()))):
+            raise InputError(
+                f"query {query_id!r}: a row is longer than task.max_tokens, and windows are for training examples",
+                "give it as several rows of one query_id, each of which counts alike; or set task.overlong: cut",
+            )
     return found
 
 

@@ -201,6 +201,17 @@ def test_a_query_that_cannot_be_read_is_an_error_before_any_work(make, tmp_path)
         freeze(make(f"queries.uri={tmp_path}/queries.parquet"))
 
 
+def test_a_query_longer_than_the_context_is_cut_aloud_or_refused(make, tmp_path, capsys):
+    """Never split: a window of one token would weigh as much in it as a full one."""
+    rows = {"query_id": ["q", "q"], "text": [TEXTS[0], " ".join(TEXTS[:9])]}
+    pq.write_table(pa.table(rows), tmp_path / "queries.parquet")
+    uri = f"queries.uri={tmp_path}/queries.parquet"
+    with pytest.raises(InputError, match=r"query 'q': a row is longer than task\.max_tokens(.|\n)*several rows"):
+        freeze(make(uri, "task.overlong=windows"))
+    assert freeze(make(uri)).query_ids
+    assert "query 'q': 1 of its rows are longer than task.max_tokens and were cut" in capsys.readouterr().err
+
+
 def test_text_from_json_lines(make, tmp_path):
     """One record per line, as text corpora come."""
     lines = "".join(json.dumps({"id": f"text-{i:02d}", "text": text}) + "\n" for i, text in enumerate(TEXTS))
@@ -249,6 +260,12 @@ def test_queries_are_missed_where_they_are_needed(make):
     """A producer that tunes on them says so before any work."""
     with pytest.raises(SpecError, match="queries: missing; producer unlearn tunes on them"):
         freeze(make("queries=null"))
+
+
+def test_queries_are_refused_where_none_are_needed(make, folder):
+    """Each would have the same counterpart, and cost a pass over the corpus."""
+    with pytest.raises(SpecError, match="queries: producer reference tunes on none"):
+        freeze(make(f"producer={{name: reference, weights_uri: {folder}/model}}"))
 
 
 def test_masked_heads_select_the_top_share_of_every_source(make, tmp_path, folder):
