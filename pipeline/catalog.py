@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import PipelineError, SpecError, StorageError, UnavailableError
+from .importing import extra
 from .observe import has_credentials, without_credentials
 from .storage_errors import as_ours
 
@@ -50,11 +51,9 @@ def opened(catalog: str, warehouse: str | None, default_warehouse: str) -> Itera
             f"{shown}: a URI with a password, which would stand in logs",
             "put it into the environment, PYICEBERG_CATALOG__DEFAULT__URI, and give --catalog default",
         )
-    try:
+    with extra("lake", "catalogs"):
         import pyiceberg.catalog as library
         from pyiceberg.utils.config import Config
-    except ImportError as error:
-        raise SpecError(f"catalogs need pyiceberg: {error}", "pip install 'mirrorscope[lake]'") from error
     with _mapped(shown):
         config = Config()
         by_uri = ":" in catalog

@@ -111,6 +111,9 @@ class LanguageTask(Extension):
 
     tokenizer_uri: Uri | None = None
     """Folder of the tokenizer. Null: the model's, if the loader is hf_transformers."""
+    config_uri: Uri | None = None
+    """Folder of the config that says how long a sequence may be and how many tokens there are. Null: the model's, if the loader
+    is hf_transformers, else the tokenizer's."""
     max_tokens: _Tokens | None = None
     """Longest sequence, in tokens. Null: what the model's config says it was made for."""
     reduction: Literal["mean", "sum"] = "mean"

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .errors import ClusterError, PipelineError
+from .errors import ClusterError, PipelineError, first_line
 from .observe import duration, every, say
 from .spec import ResourcesSection
 
@@ -189,9 +189,8 @@ def as_pipeline_error(error: BaseException, stage: str) -> PipelineError:
         seen.append(item)
         queue += [getattr(item, "cause", None), item.__cause__, item.__context__]
         queue += list(getattr(item, "worker_failures", {}).values())
-    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return ClusterError(
-        f"stage {stage}: {type(error).__name__}: {first_line}",
+        f"stage {stage}: {type(error).__name__}: {first_line(error)}",
         "what is committed stays; run the same command again to go on from there",
     )
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from . import storage
 from .corpus import open_format
 from .formats.base import corpus_root, relative_path
-from .model_folder import model_digest
+from .model_folder import MODEL_FILES, TOKENIZER_FILES, model_digest
 from .plan import corpus_digest
 from .records import Shard, SourceFile
 from .spec import QueriesSection, Spec
 
 MODEL_URIS = {
     "model": ("weights_uri", "adapter_uri"),
-    "task": ("tokenizer_uri",),
+    "task": ("tokenizer_uri", "config_uri"),
     "producer": ("weights_uri", "adapter_uri"),
 }
 """Fields of sections that name weights, or a folder of a model: made absolute, and by their contents part of a run's identity."""
@@ -29,13 +29,12 @@ def input_digests(spec: Spec, shards: Sequence[Shard]) -> dict[str, str]:
         "queries": queries_digest(spec.queries, spec.corpus.classes) if spec.queries else "",
         "corpus": corpus_digest(shards, relative),
     }
-    uris = {
-        f"{section} {name}": uri
-        for section, names in MODEL_URIS.items()
-        for name in names
-        if (uri := getattr(getattr(spec, section), name, None)) is not None
-    }
-    return digests | {_SHORT.get(name, name): model_digest(uri) for name, uri in uris.items()}
+    for section, names in MODEL_URIS.items():
+        read = TOKENIZER_FILES if section == "task" else MODEL_FILES
+        for name in names:
+            if (uri := getattr(getattr(spec, section), name, None)) is not None:
+                digests[_SHORT.get(f"{section} {name}", f"{section} {name}")] = model_digest(uri, read)
+    return digests
 
 
 def queries_digest(section: QueriesSection, classes: Sequence[str] | None) -> str:

@@ -18,6 +18,14 @@ pickle with message and hint.
 
 from __future__ import annotations
 
+MAX_NAMES_SHOWN = 8
+"""In a message."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says first."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
 
 class PipelineError(Exception):
     """Base of all errors that the pipeline raises on purpose.

@@ -54,6 +54,19 @@ def construct(name: str, builtin: Mapping[str, str], keywords: Mapping[str, Any]
 
 
 @contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Around imports of packages that an extra of this one brings.
+
+    Raises:
+        SpecError: One is missing; `what` in the spec needs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise SpecError(f"{what}: {error}", f"pip install 'mirrorscope[{name}]'") from error
+
+
+@contextmanager
 def user_code(what: str) -> Iterator[None]:
     """Around code that is not ours, of a model, task or producer: whatever it raises says what was being done.
 
@@ -68,6 +81,8 @@ def user_code(what: str) -> Iterator[None]:
     except Exception as error:  # user code may raise anything; it is named and passed on
         kind = type(error).__name__
         if kind == "OutOfMemoryError":
-            raise ClusterError(f"{what}: {error}", "lower score.batch_rows, or give the worker a larger GPU") from error
+            raise ClusterError(
+                f"{what}: {error}", "lower score.batch_rows (of texts: batch_tokens), or give the worker a larger GPU"
+            ) from error
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise ContractError(f"{what}: {kind}: {error} (at {place.filename}:{place.lineno}, {place.name})") from error

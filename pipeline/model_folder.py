@@ -53,11 +53,11 @@ def read_config(uri: str) -> dict[str, Any]:
     return dict(found)
 
 
-def model_digest(uri: str) -> str:
-    """sha256 of a file of weights, or of names and contents of all that is read of a folder. Raises InputError, StorageError."""
+def model_digest(uri: str, patterns: Sequence[str] = MODEL_FILES) -> str:
+    """sha256 of a file of weights, or of names and contents of what is read of a folder. Raises InputError, StorageError."""
     if not is_folder(uri):
         return storage.file_digest(uri)
-    lines = [f"{name} {storage.file_digest(f'{uri}/{name}')}" for name in _files(uri, MODEL_FILES)]
+    lines = [f"{name} {storage.file_digest(f'{uri}/{name}')}" for name in _files(uri, patterns)]
     return storage.bytes_digest("\n".join(lines).encode())
 
 

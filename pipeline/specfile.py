@@ -54,10 +54,11 @@ def parse_spec(tree: Any, overrides: Sequence[str] = (), origin: str = "spec") -
 
 
 def _with_tokenizer(spec: Spec) -> Spec:
-    """The spec with the model's own tokenizer, where its task needs one and names none."""
-    if not isinstance(spec.task, LanguageTask) or spec.task.tokenizer_uri or not isinstance(spec.model, HfTransformers):
+    """The spec with the model's own tokenizer and config, where its task needs them and names none."""
+    if not isinstance(spec.task, LanguageTask) or not isinstance(spec.model, HfTransformers):
         return spec
-    return spec.model_copy(update={"task": spec.task.model_copy(update={"tokenizer_uri": spec.model.weights_uri})})
+    uris = {name: getattr(spec.task, name) or spec.model.weights_uri for name in ("tokenizer_uri", "config_uri")}
+    return spec.model_copy(update={"task": spec.task.model_copy(update=uris)})
 
 
 def dump_spec(spec: Spec) -> str:

@@ -7,9 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ..errors import ContractError
-
-MAX_NAMES_SHOWN = 8
+from ..errors import MAX_NAMES_SHOWN, ContractError
 
 
 class Loader(Protocol):

@@ -6,10 +6,11 @@ import warnings
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import ContractError, InputError, SpecError
+from ..errors import ContractError, InputError, first_line
+from ..importing import extra
 from ..model_folder import local_copy
 from .base import require_fit
 
@@ -38,18 +39,16 @@ class HfTransformers:
 
     def load(self, device: str, seed: int) -> nn.Module:
         """See Loader. No code that lies beside the weights is ever run."""
-        try:
+        with extra("hf", "model.loader hf_transformers"):
             from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
             from transformers.utils.logging import disable_progress_bar
-        except ImportError as error:
-            raise SpecError(f"model.loader hf_transformers: {error}", "pip install 'mirrorscope[hf]'") from error
         disable_progress_bar()  # its own, between the lines of ours
         place = local_copy(self._uri)
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             config = AutoConfig.from_pretrained(place, **options)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{self._uri}: {_first_line(error)}") from error
+            raise InputError(f"{self._uri}: {first_line(error)}") from error
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         if type(config) not in kind._model_mapping:
             raise ContractError(
@@ -70,7 +69,7 @@ class HfTransformers:
                 **options,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise InputError(f"{self._uri} cannot be loaded: {_first_line(error)}") from error
+            raise InputError(f"{self._uri} cannot be loaded: {first_line(error)}") from error
         _require_whole(self._uri, type(model).__name__, said)
         model.config.use_cache = False  # keys and values are for texts that go on
         if self._adapter_uri is not None:
@@ -85,21 +84,25 @@ def merged(model: nn.Module, adapter_uri: str) -> nn.Module:
         InputError: There is no adapter, or it cannot be read.
         ContractError: It does not fit the model.
     """
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise SpecError(f"an adapter needs peft: {error}", "pip install 'mirrorscope[hf]'") from error
+    with extra("hf", "adapter_uri"):
+        from peft import PeftModel, get_peft_model_state_dict
     path = local_copy(adapter_uri)
     try:
+        with safe_open(f"{path}/adapter_model.safetensors", "pt") as file:
+            there = set(file.keys())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers by an old name
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
             adapted = PeftModel.from_pretrained(model, path, local_files_only=True)
-    except (OSError, KeyError, TypeError) as error:
-        raise InputError(f"adapter {adapter_uri} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"adapter {adapter_uri} cannot be loaded: {first_line(error)}") from error
     except (ValueError, RuntimeError) as error:
         raise ContractError(
-            f"adapter {adapter_uri} does not fit {type(model).__name__}: {_first_line(error)}"
+            f"adapter {adapter_uri} does not fit {type(model).__name__}: {first_line(error)}"
         ) from error
+    # peft leaves what it does not find as it was made: an adapter that changes nothing, or noise.
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    require_fit([f"missing {name}" for name in sorted(wanted) if name not in there], adapter_uri, type(model).__name__)
     return adapted.merge_and_unload()
 
 
@@ -110,7 +113,3 @@ def _require_whole(uri: str, model: str, said: dict[str, Any]) -> None:
     problems += [f"{name} is {there} in the file, {own} in the model" for name, there, own in shapes]
     problems += [f"unexpected {name}" for name in sorted(said.get("unexpected_keys", ()))]
     require_fit(problems, uri, model)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import storage
-from ..errors import ContractError, InputError
+from ..errors import ContractError, InputError, first_line
 from ..importing import construct, resolve
 from .base import load_weights
 
@@ -69,7 +69,7 @@ def read_weights(uri: str) -> dict[str, Tensor]:
         raise InputError(f"weights {uri} cannot be read as safetensors: {error}") from error
     except UNREADABLE as error:
         raise InputError(
-            f"weights {uri} cannot be read as tensors only: {next(iter(str(error).splitlines()), type(error).__name__)}",
+            f"weights {uri} cannot be read as tensors only: {first_line(error)}",
             "save model.state_dict() with safetensors.torch.save_file",
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

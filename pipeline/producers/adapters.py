@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..changes import LowRank
-from ..errors import ContractError, SpecError
+from ..errors import MAX_NAMES_SHOWN, ContractError
+from ..importing import extra
 
 NAME = "default"
-MAX_NAMES_SHOWN = 8
 
 
 def add(model: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
@@ -29,11 +29,9 @@ def add(model: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> l
         ContractError: No layer matches.
         SpecError: peft is not installed.
     """
-    try:
+    with extra("hf", "producer.lora_rank"):
         from peft import LoraConfig, inject_adapter_in_model
         from transformers.pytorch_utils import Conv1D
-    except ImportError as error:
-        raise SpecError(f"producer.lora_rank: {error}", "pip install 'mirrorscope[hf]'") from error
     last = getattr(model, "get_output_embeddings", lambda: None)()
     layers = [
         name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not last

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import ContractError, NumericsError
+from ..errors import MAX_NAMES_SHOWN, ContractError, NumericsError
 from ..tasks.base import Batch, Task
 from . import adapters, sharding
 from .base import Produced
-
-MAX_NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)

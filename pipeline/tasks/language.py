@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..batches import Ragged, Sequences
+from ..errors import ContractError, SpecError
 from ..records import Column
 from .base import Batch
 from .text import Text
@@ -29,10 +30,11 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One example: tokens, and how many of the first do not count."""
+    """One example: tokens, how many of the first do not count, and why it is none."""
 
     ids: _Ids
     prompt: int = 0
+    problem: str = ""
 
 
 class CausalLM:
@@ -45,6 +47,7 @@ class CausalLM:
         prompt: Corpus column of what stands before the text (or tokens) and whose tokens do not count; null or empty for nothing.
         answer_only: Of a conversation only the last message counts.
         tokenizer_uri: Folder of the tokenizer; null if there are tokens only.
+        config_uri: Folder of the model's config; null for the tokenizer's.
         special_tokens: Whether the tokenizer adds its own (a first token, a last one).
         end: Whether the end-of-text token is added behind a text, and counts.
         max_tokens: Length of a sequence; null for what the model was made for.
@@ -60,6 +63,7 @@ class CausalLM:
         prompt: str | None = None,
         answer_only: bool = False,
         tokenizer_uri: str | None = None,
+        config_uri: str | None = None,
         special_tokens: bool = True,
         end: bool = False,
         max_tokens: int | None = None,
@@ -73,8 +77,10 @@ class CausalLM:
         )
         self._prompt, self._answer_only = prompt, answer_only
         self._special_tokens, self._end = special_tokens, end
-        self._text = Text(tokenizer_uri)
+        self._text = Text(tokenizer_uri, config_uri)
         self._max_tokens, self._overlong = max_tokens or self._text.context, overlong
+        if max_tokens and max_tokens > (self._text.positions or max_tokens):
+            raise SpecError(f"task.max_tokens: got {max_tokens:,}, the model has places for {self._text.positions:,}")
         self.per_token = reduction == "mean"
         if self._kind != "tokens":
             self._text.require(template=self._kind == "messages")
@@ -94,7 +100,7 @@ class CausalLM:
         bad: dict[int, str] = {}
         overlong = 0
         for row, encoded in enumerate(self._encoded(raw)):
-            if problem := self._text.problem(encoded.ids):
+            if problem := encoded.problem or self._text.problem(encoded.ids):
                 bad[row] = problem
                 continue
             long = self._max_tokens is not None and len(encoded.ids) > self._max_tokens
@@ -164,6 +170,7 @@ class Seq2Seq:
         text: Corpus column of the source.
         target: Corpus column of the target.
         tokenizer_uri: Folder of the tokenizer.
+        config_uri: Folder of the model's config; null for the tokenizer's.
         max_tokens: Length of a source; null for what the tokenizer says.
         max_target_tokens: Length of a target; null for the same.
         overlong: What happens to a longer one: cut behind, or rejected.
@@ -175,13 +182,14 @@ class Seq2Seq:
         text: str = "text",
         target: str = "target",
         tokenizer_uri: str | None = None,
+        config_uri: str | None = None,
         max_tokens: int | None = None,
         max_target_tokens: int | None = None,
         overlong: Literal["cut", "reject"] = "cut",
         reduction: Reduction = "mean",
     ) -> None:
         self._columns = (text, target)
-        self._text = Text(tokenizer_uri)
+        self._text = Text(tokenizer_uri, config_uri)
         self._text.require()
         context = self._text.context
         self._sizes = (max_tokens or context, max_target_tokens or context)
@@ -225,9 +233,8 @@ class Seq2Seq:
 
     def token_losses_BT(self, model: nn.Module, batch: Batch) -> Tensor:
         """Losses of the target's tokens in nats: [B, T]; 0 behind its end."""
-        config: Any = model.config
         label_BT = batch["labels"]
-        first_B1 = torch.full_like(label_BT[:, :1], config.decoder_start_token_id)
+        first_B1 = torch.full_like(label_BT[:, :1], _first_token(model))
         before_BT = torch.cat([first_B1, label_BT[:, :-1]], dim=1)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return token_losses(
@@ -241,6 +248,17 @@ class Seq2Seq:
     def token_texts(self, ids: _Ids) -> list[str]:
         """See SequenceTask."""
         return self._text.pieces(ids)
+
+
+def _first_token(model: nn.Module) -> int:
+    """What a decoder's first token is given to say the first of the target. Raises ContractError if the config does not say."""
+    found = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+    if found is None:
+        raise ContractError(
+            f"{type(model).__name__}: its config has no decoder_start_token_id",
+            "task seq2seq wants an encoder and a decoder, task causal_lm any other language model",
+        )
+    return int(found)
 
 
 def _reduced(loss_BT: Tensor, label_BT: Tensor, per_token: bool) -> Tensor:

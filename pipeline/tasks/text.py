@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, SpecError
+from ..errors import InputError, SpecError, first_line
+from ..importing import extra
 from ..model_folder import TOKENIZER_FILES, local_copy, read_config
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+_SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
 UNLIMITED = 1 << 24
 """What tokenizers say of a length that they do not know is beyond this."""
 
@@ -22,31 +25,38 @@ class Text:
     """A tokenizer and what the model's config says of tokens.
 
     Args:
-        uri: Folder in Hugging Face format; null where tokens come from the corpus and nothing is known of them.
+        uri: Folder of the tokenizer; null where tokens come from the corpus and nothing is known of them.
+        config_uri: Folder of the model's config; null for the tokenizer's.
 
     Raises:
-        InputError: There is no such folder, or no tokenizer in it.
+        InputError: There is no such folder.
     """
 
-    def __init__(self, uri: str | None) -> None:
-        self._uri = uri
-        self._config = read_config(uri) if uri is not None else {}
+    def __init__(self, uri: str | None, config_uri: str | None = None) -> None:
+        self._uri, config_uri = uri, config_uri or uri
+        self._config = read_config(config_uri) if config_uri is not None else {}
+
+    @cached_property
+    def _has_vocabulary(self) -> bool:
+        """Without one, transformers makes an empty tokenizer."""
+        if self._uri is None:
+            return False
+        names = os.listdir(local_copy(self._uri, TOKENIZER_FILES))
+        return any(fnmatch(name, pattern) for name in names for pattern in _VOCABULARIES)
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        with extra("hf", "task"):
+            from transformers import AutoTokenizer
 
         assert self._uri is not None
-        path = local_copy(self._uri, TOKENIZER_FILES)
         try:
-            # Without a vocabulary transformers makes an empty tokenizer.
-            if not any(fnmatch(name, pattern) for name in os.listdir(path) for pattern in _VOCABULARIES):
+            if not self._has_vocabulary:
                 raise ValueError("there is no vocabulary in it, such as tokenizer.json")
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+            return AutoTokenizer.from_pretrained(local_copy(self._uri, TOKENIZER_FILES), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(
-                f"no tokenizer can be read from {self._uri}: {first}",
+                f"no tokenizer can be read from {self._uri}: {first_line(error)}",
                 "save one there with tokenizer.save_pretrained(...), or name another folder: task.tokenizer_uri",
             ) from error
 
@@ -61,10 +71,15 @@ class Text:
             )
 
     @property
+    def positions(self) -> int | None:
+        """Places that the model's config has for tokens; null if it does not say."""
+        return self._config.get("max_position_embeddings") or self._config.get("n_positions")
+
+    @property
     def context(self) -> int | None:
         """Tokens that the model was made for; null if nothing says."""
-        said = self._config.get("max_position_embeddings") or self._config.get("n_positions")
-        if said is None and self._uri is not None:
+        said = self.positions
+        if said is None and self._has_vocabulary:
             said = getattr(self._tokenizer, "model_max_length", None)
         return int(said) if said and said < UNLIMITED else None
 
@@ -77,9 +92,14 @@ class Text:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Token ids as text, one each; numbers where there is no tokenizer."""
-        if self._uri is None:
+        if not self._has_vocabulary:
             return [f"{i} " for i in ids]
-        return [self._tokenizer.decode([i]) for i in ids]
+        return [self._piece(i) for i in ids]
+
+    def _piece(self, i: int) -> str:
+        """One token as text; of SentencePiece's the space before it too, which decoding leaves out at the beginning."""
+        text, token = str(self._tokenizer.decode([i])), str(self._tokenizer.convert_ids_to_tokens(i))
+        return f" {text}" if token.startswith(_SPACE) and not text.startswith(" ") else text
 
     def problem(self, ids: Sequence[int]) -> str:
         """Why a model cannot take these tokens; empty if it can."""
@@ -114,13 +134,23 @@ class Text:
         """Token ids of what a sequence-to-sequence model should answer."""
         return list(self._tokenizer(text_target=list(texts), verbose=False)["input_ids"]) if len(texts) else []
 
-    def conversations(self, conversations: np.ndarray, answer_only: bool) -> Iterator[tuple[list[int], int]]:
-        """Token ids of conversations by the tokenizer's template, and how many of the first do not count."""
-        for messages in conversations:
-            ids = self._templated(messages)
-            before = self._templated(messages[:-1], add_generation_prompt=True) if answer_only else []
-            yield ids, len(before)
+    def conversations(self, conversations: np.ndarray, answer_only: bool) -> Iterator[tuple[list[int], int, str]]:
+        """Token ids of conversations by the tokenizer's template, how many of the first do not count, and why one is none."""
+        from jinja2 import TemplateError
 
-    def _templated(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        for messages in conversations:
+            try:
+                whole = self._templated(messages)
+                before = self._templated(messages[:-1], add_generation_prompt=True) if answer_only else ""
+            except TemplateError as error:
+                yield [], 0, f"a conversation that the tokenizer's template refuses: {first_line(error)}"
+                continue
+            if answer_only and not (before and whole.startswith(before)):
+                yield [], 0, "a conversation whose last message is no answer as the tokenizer's template begins one"
+                continue
+            rest = np.array([whole[len(before) :]], object)
+            for ids, count in self.texts(rest, np.array([before], object), special_tokens=False):
+                yield ids, count, ""
+
+    def _templated(self, messages: list[dict[str, str]], **options: Any) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options)) if messages else ""

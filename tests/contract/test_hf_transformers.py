@@ -160,6 +160,32 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         load(tmp_path / "base", adapter_uri=str(tmp_path / "none"))
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    "fields", [{}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_adapters_of_all_kinds_are_whole(fields, tmp_path):
+    """Layers, whole modules, embeddings: none is missed where none is missing."""
+    saved(gpt(), tmp_path / "base")
+    adapted = adapter(gpt(), tmp_path / "adapter", **fields)
+    assert torch.allclose(
+        logits(adapted), logits(load(tmp_path / "base", adapter_uri=str(tmp_path / "adapter"))), atol=1e-4
+    )
+
+
+def test_an_adapter_whose_names_are_others_is_refused(tmp_path):
+    """As one saved from another class of model: peft would leave the model as it is, and only warn."""
+    saved(gpt(), tmp_path / "base")
+    adapter(gpt(), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {
+        name.replace("model.model.", "model."): tensor for name, tensor in safetensors.torch.load_file(path).items()
+    }
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ContractError, match=r"missing base_model\.model\.model\.layers\.0\S+lora_A"):
+        load(tmp_path / "base", adapter_uri=str(tmp_path / "adapter"))
+
+
 def test_a_folder_on_a_store_is_copied_once(s3, tmp_path, monkeypatch):
     """From s3:// it is the same model; the copy is shared; a folder that changed is copied anew."""
     monkeypatch.setenv("MIRRORSCOPE_CACHE", str(tmp_path / "cache"))

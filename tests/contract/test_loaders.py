@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline import choices, loaders
-from pipeline.errors import ContractError, InputError, SpecError
+from pipeline.errors import MAX_NAMES_SHOWN, ContractError, InputError, SpecError
 from pipeline.extensions import load_model
-from pipeline.loaders.base import MAX_NAMES_SHOWN, load_weights
+from pipeline.loaders.base import load_weights
 from pipeline.loaders.torch_module import read_weights
 
 

@@ -1,15 +1,17 @@
 """Texts, conversations and token ids as sequences: what counts, what is cut or refused; and losses, against the models' own."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline.batches import Batch
 from pipeline.engine import LossEngine
-from pipeline.errors import InputError, SpecError
+from pipeline.errors import ContractError, InputError, SpecError
 from pipeline.extensions import load_model, load_task
 from pipeline.tasks import tokens
-from tests.language import CONTEXT, VOCABULARY, gpt, saved, sentences, t5, tokenizer
+from tests.language import CHAT, CONTEXT, VOCABULARY, gpt, saved, sentences, t5, tokenizer
 from tests.unit.test_spec import parse
 
 TEXTS = sentences(40)
@@ -192,6 +194,20 @@ def test_a_conversation_is_the_templates_text(folder):
     assert len(tokenizer()("In Lisbon.\n")["input_ids"]) == answer.num_tokens_N[0]
 
 
+def test_a_conversation_that_is_none_is_refused_alone(folder, tmp_path):
+    """By the template, or because no answer stands at its end; its neighbours stay."""
+    strict = saved(
+        gpt(), tmp_path, template="{% if messages[0].role != 'user' %}{{ raise_exception('roles!') }}{% endif %}" + CHAT
+    )
+    asked, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}
+    sequences = encode(task(strict, messages="talk"), [asked, answer], [answer, asked], [asked])
+    assert {1: "a conversation that the tokenizer's template refuses: roles!"} == sequences.bad
+    assert [0, 1] == sequences.example_S.tolist()
+    sequences = encode(task(folder, messages="talk", answer_only=True), [asked, answer], [answer], [answer, asked])
+    assert [1, 2] == list(sequences.bad)
+    assert all("last message is no answer" in why for why in sequences.bad.values())
+
+
 def test_the_end_of_a_text_counts_if_asked(folder):
     """One more token, the tokenizer's end of text."""
     without, with_end = encode(task(folder), TEXTS[0]), encode(task(folder, end=True), TEXTS[0])
@@ -205,6 +221,30 @@ def test_token_ids_need_no_tokenizer(tmp_path):
     sequences = lm.encode({"tokens": objects([5, 6]), "prompt": objects([3, 4])})
     assert [[3, 4, 5, 6]] == sequences.whole()["input_ids"].tolist()
     assert 2 == sequences.num_tokens_N[0]
+
+
+def test_a_folder_of_token_ids_needs_no_tokenizer(tmp_path):
+    """Nor one whose config does not say how long a text may be; tokens are then shown as numbers."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    lm = task(str(tmp_path), tokens="ids")
+    sequences = encode(lm, list(range(49)), [3, 50])
+    assert (48, 0) == (sequences.num_tokens_N[0], sequences.overlong)
+    assert "token id 50" in sequences.bad[1]
+    assert ["3 ", "4 "] == lm.token_texts([3, 4])
+
+
+def test_a_tokens_space_is_shown(tmp_path):
+    """SentencePiece writes it before a word, and decoding a word alone leaves it out."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"?": 0, "\u2581Ada": 1, "\u2581sang": 2, ".": 3}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    made.decoder = decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
+    assert [" Ada", " sang", "."] == task(str(tmp_path)).token_texts([1, 2, 3])
 
 
 # --- too long ----------------------------------------------------------------------------------------------------------
@@ -297,11 +337,32 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path):
         task(saved(gpt(), tmp_path / "plain", template=None), messages="talk")
 
 
-def test_the_models_tokenizer_is_the_tasks(folder):
-    """With loader hf_transformers there is nothing to say."""
+def test_the_models_tokenizer_and_config_are_the_tasks(folder, tmp_path):
+    """With loader hf_transformers there is nothing to say; a tokenizer from elsewhere does not say how long a text may be."""
     model = {"loader": "hf_transformers", "weights_uri": folder}
-    assert folder == parse(model=model, task={"name": "causal_lm"}).task.tokenizer_uri
-    assert folder == parse(model=model, task={"name": "seq2seq"}).task.tokenizer_uri
+    for name in ("causal_lm", "seq2seq"):
+        section = parse(model=model, task={"name": name}).task
+        assert [folder, folder] == [section.tokenizer_uri, section.config_uri]
+    elsewhere = tokenizer()
+    elsewhere.model_max_length = 8
+    elsewhere.save_pretrained(tmp_path)
+    section = parse(model=model, task={"name": "causal_lm", "tokenizer_uri": str(tmp_path)}).task
+    assert CONTEXT == encode(load_task(section), long_text()).whole()["input_ids"].shape[1]
+
+
+def test_more_tokens_than_the_model_has_places_for_are_refused(folder):
+    """Before a table of positions is left at its end."""
+    with pytest.raises(SpecError, match=rf"max_tokens: got {CONTEXT + 1}, the model has places for {CONTEXT}"):
+        task(folder, max_tokens=CONTEXT + 1)
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(folder, monkeypatch):
+    """By the task as by the loader."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SpecError, match=r"task: (.|\n)*pip install 'mirrorscope\[hf\]'"):
+        task(folder)
+    with pytest.raises(SpecError, match=r"model\.loader hf_transformers: (.|\n)*mirrorscope\[hf\]"):
+        load_model(parse(model={"loader": "hf_transformers", "weights_uri": folder}).model, "cpu", 0)
 
 
 # --- sequence to sequence ----------------------------------------------------------------------------------------------
@@ -323,3 +384,11 @@ def test_a_targets_loss_is_the_models_own(tmp_path):
         assert expected == pytest.approx(losses(lm, model, sequences, batch_tokens).tolist(), abs=1e-5)
     assert tokens._heads[model], "chunked"
     assert [len(plain(target)["input_ids"]) for target in targets] == sequences.num_tokens_N.tolist()
+
+
+def test_a_model_without_a_decoder_is_no_sequence_to_sequence_model(folder):
+    """The message says which task it is for."""
+    lm = load_task(parse(task={"name": "seq2seq", "tokenizer_uri": folder}).task)
+    sequences = lm.encode({"text": objects("Who?"), "target": objects("Ada.")})
+    with pytest.raises(ContractError, match=r"no decoder_start_token_id(.|\n)*causal_lm"):
+        losses(lm, gpt(), sequences)
