@@ -6,7 +6,7 @@ A row is addressed by its file and its position in it; with no id column that ad
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -305,7 +305,7 @@ def payload_names(section: CorpusSection, columns: Sequence[Column]) -> list[str
     return list(dict.fromkeys(name for column in columns for name in column.columns))
 
 
-def require_free_names(names: Sequence[str], taken: Sequence[str]) -> None:
+def require_free_names(names: Sequence[str], taken: Collection[str]) -> None:
     """See that payload columns do not carry the names of the ranked table's own. Raises SpecError."""
     if clash := sorted(set(names) & set(taken)):
         raise SpecError(

@@ -28,7 +28,7 @@ from .importing import user_code
 from .observe import say
 from .plan import Plan, added_fingerprint, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
 from .queries import checked_queries
-from .records import RANKED
+from .records import RANKED, stored
 from .sections import Section
 from .spec import Resolved, Spec
 from .specfile import changed_fields
@@ -81,7 +81,8 @@ def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
                 raise
     resumed = run is not None
     run = run or _survey(spec)
-    require_free_names(payload_names(run.spec.corpus, run.columns), RANKED.names)
+    taken = {*RANKED.names, *stored(RANKED, run.per_token).names}
+    require_free_names(payload_names(run.spec.corpus, run.columns), taken)
     return run, resumed
 
 

@@ -19,6 +19,7 @@ from .topk import value_sql
 
 FOLDER = "selected"
 ROWS_PER_FILE = 1 << 20
+# The fraction is written as a decimal: in floating point .00001 x 300,000 is above 3, and its ceiling 4.
 _SQL = """
     SELECT query_id, source, example_id, value, place, shard_id, row
     FROM (SELECT *, row_number() OVER (PARTITION BY source ORDER BY value DESC, example_id) AS place,
@@ -39,7 +40,8 @@ def select(run: Run) -> dict[str, str]:
     if run.spec.rank.fraction is not None:
         named = [path for receipt in run.receipts() if receipt.rows for path in receipt.files]
         for query_id in run.query_ids:
-            written |= _selected(run, query_id, [path for path in named if path.startswith(_folder(query_id))])
+            paths = [path for path in named if path.startswith(_folder(query_id))]
+            written |= _selected(run, query_id, paths) if paths else {}
     stale = [path for path in storage.objects(run.uri("topk", FOLDER)) if f"{FOLDER}/{path}" not in written]
     parallel(lambda path: storage.remove(run.uri("topk", FOLDER, path)), stale)
     return written
@@ -60,7 +62,8 @@ def _selected(run: Run, query_id: str, paths: Sequence[str]) -> dict[str, str]:
     value = value_sql(section.transform, section.eps, base_loss)
     with duckdb.connect() as connection:
         connection.register("scores", scores)
-        rows = connection.sql(_SQL.format(value=value, fraction=section.fraction)).to_arrow_reader(ROWS_PER_FILE)
+        sql = _SQL.format(value=value, fraction=f"{section.fraction:.12f}")
+        rows = connection.sql(sql).to_arrow_reader(ROWS_PER_FILE)
         for number, batch in enumerate(rows):
             path = f"{FOLDER}/{partition(query_id)}/part-{number:05d}.parquet"
             table = pa.Table.from_batches([batch]).cast(SELECTED)

@@ -59,15 +59,14 @@ class MaskHeads:
         Raises:
             ContractError: The model shows no attention.
         """
-        config: Any = model.config
+        config: Any = _config(model)
         longest = getattr(config, "max_position_embeddings", None) or self.sample_tokens
         generator = torch.Generator().manual_seed(seed)
         found = []
         for _ in range(self.samples):
             ids, source_T = _sample(config.vocab_size, min(self.sample_tokens, longest), generator)
-            attention_LHTT = attentions(model, ids)
             at_T = torch.nonzero(source_T >= 0)[:, 0]
-            looks_LHT = attention_LHTT[:, :, at_T].argmax(dim=-1)
+            looks_LHT = torch.stack([layer_HTT[:, at_T].argmax(dim=-1) for layer_HTT in attentions(model, ids)])
             found.append((looks_LHT == source_T[at_T].to(looks_LHT.device)).float().mean(dim=-1))
         return torch.stack(found).mean(dim=0)
 
@@ -89,25 +88,28 @@ def _sample(vocabulary: int, tokens: int, generator: torch.Generator) -> tuple[T
     return ids, source_T
 
 
-def attentions(model: nn.Module, ids: Tensor) -> Tensor:
-    """Attention of every head on a sequence: [L, H, T, T]. Raises ContractError if the model does not show it."""
-    device = next(model.parameters()).device
-    shown = getattr(model, "set_attn_implementation", None)
-    if shown is None:
+def _config(model: nn.Module) -> Any:
+    """A model's config. Raises ContractError for a model that is not transformers'."""
+    if not hasattr(model, "set_attn_implementation"):
         raise ContractError(
             f"{type(model).__name__} shows no attention", "mask_heads works on models of loader hf_transformers"
         )
-    config: Any = model.config
+    return model.config
+
+
+def attentions(model: Any, ids: Tensor) -> list[Tensor]:
+    """Attention of every head on a sequence: L of [H, T, T]. Raises ContractError if the model does not show it."""
+    config, device = _config(model), next(model.parameters()).device
     before = config._attn_implementation
-    shown("eager")
+    model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
             found = model(input_ids=ids[None].to(device), output_attentions=True, use_cache=False).attentions
     finally:
-        shown(before)
+        model.set_attn_implementation(before)
     if not found or any(layer is None for layer in found):
         raise ContractError(f"{type(model).__name__} shows no attention")
-    return torch.stack([layer[0].float() for layer in found])
+    return [layer[0] for layer in found]
 
 
 def retrieval_heads(score_LH: Tensor, share: float) -> list[tuple[int, int]]:
@@ -143,10 +145,10 @@ def _require_uniform(model: nn.Module, heads: list[tuple[int, int]], seed: int) 
     """See that masked heads look everywhere alike. Raises ContractError."""
     config: Any = model.config
     ids = torch.randint(config.vocab_size, (16,), generator=torch.Generator().manual_seed(seed))
-    attention_LHTT = attentions(model, ids)
+    attention = attentions(model, ids)
     expected_TT = torch.tril(torch.ones(16, 16)) / torch.arange(1, 17)[:, None]
     for layer, head in heads:
-        if (attention_LHTT[layer, head].cpu() - expected_TT).abs().max() > UNIFORM_TOLERANCE:
+        if (attention[layer][head].float().cpu() - expected_TT).abs().max() > UNIFORM_TOLERANCE:
             raise ContractError(
                 f"{type(model).__name__}: head {head} of layer {layer} is not uniform without its queries",
                 "its attention adds something of its own, as relative positions: mask_heads cannot mask it",

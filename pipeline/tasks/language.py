@@ -21,7 +21,7 @@ from ..errors import ContractError, SpecError
 from ..records import Column
 from .base import Batch
 from .text import Text
-from .tokens import IGNORED, token_losses
+from .tokens import IGNORED, require_causal, token_losses
 
 _Ids = list[int]
 Overlong = Literal["cut", "windows", "reject"]
@@ -152,6 +152,7 @@ class CausalLM:
         """Losses of tokens 1 to T - 1 in nats: [B, T - 1]; 0 for those that do not count."""
         label_BT = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
+        require_causal(model, inputs)
         return token_losses(model, inputs, label_BT)[:, :-1]
 
     def token_ids_BT(self, batch: Batch) -> Tensor:

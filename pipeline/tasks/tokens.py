@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import ContractError
 from ..observe import say
 from .base import Batch, to_loss_dtype
 
@@ -29,7 +30,9 @@ CHUNK_BYTES = 16 << 20
 CHECK_TOLERANCE = 1e-2
 """Largest difference of a token's loss from the model's own logits, in nats, in half precision; elsewhere a 100th of it."""
 _Head = Callable[[Tensor], Tensor]
+PROBED_TOKENS = 8
 _heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_causal: WeakSet[nn.Module] = WeakSet()
 
 
 def token_losses(model: nn.Module, inputs: Batch, label_BT: Tensor) -> Tensor:
@@ -121,9 +124,8 @@ def _with_extras(model: nn.Module, head: nn.Module) -> _Head:
 def _is_plain(model: nn.Module, head: nn.Module, inputs: Batch) -> bool:
     """Whether taking the last layer out gives the model's own losses: tried once, on the first tokens that come."""
     if model not in _heads:
-        few = {name: value[:1, :8] for name, value in inputs.items()}
-        with torch.no_grad():
-            _heads[model] = _agrees(model, head, few)
+        with _probing(model):
+            _heads[model] = _agrees(model, head, _few(inputs))
         if not _heads[model]:
             say(
                 f"warning: {type(model).__name__} makes its logits in a way of its own: they are held for whole batches"
@@ -131,10 +133,52 @@ def _is_plain(model: nn.Module, head: nn.Module, inputs: Batch) -> bool:
     return _heads[model]
 
 
+def require_causal(model: nn.Module, inputs: Batch) -> None:
+    """See that no logits depend on tokens behind them, else those of a padded batch would be others: tried once per model.
+
+    Raises:
+        ContractError: They do.
+    """
+    ids_1T = _few(inputs)["input_ids"]
+    others = ids_1T[ids_1T != ids_1T[0, -1]]
+    if model in _causal or not len(others):
+        return
+    changed_1T = ids_1T.clone()
+    changed_1T[0, -1] = others[0]
+    with _probing(model):
+        before_TV, after_TV = (_logits(model, {"input_ids": ids})[0, :-1] for ids in (ids_1T, changed_1T))
+    if not torch.allclose(before_TV, after_TV, rtol=0, atol=_tolerance(before_TV)):
+        raise ContractError(
+            f"{type(model).__name__} is not causal: its logits depend on tokens that come later",
+            "a causal checkpoint is needed (in its config perhaps is_decoder: true)",
+        )
+    _causal.add(model)
+
+
+def _few(inputs: Batch) -> Batch:
+    return {name: value[:1, :PROBED_TOKENS] for name, value in inputs.items()}
+
+
+def _tolerance(logits: Tensor) -> float:
+    return CHECK_TOLERANCE if logits.dtype.itemsize < 4 else CHECK_TOLERANCE / 100
+
+
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """A model without gradients, and without dropout where it is trained, for the time of the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _agrees(model: nn.Module, head: nn.Module, inputs: Batch) -> bool:
     logits_TV = _logits(model, inputs)[0]
     label_T = logits_TV.argmax(dim=-1)
-    tolerance = CHECK_TOLERANCE if logits_TV.dtype.itemsize < 4 else CHECK_TOLERANCE / 100
     try:
         hidden_TD = _hidden(model, head, inputs)[0]
         ours_T = _in_chunks(_with_extras(model, head), hidden_TD, label_T)
@@ -145,4 +189,4 @@ def _agrees(model: nn.Module, head: nn.Module, inputs: Batch) -> bool:
         IndexError,
     ):  # the rest of the model does not take one number per token
         return False
-    return bool(torch.allclose(ours_T, _cross_entropy(logits_TV, label_T), rtol=0, atol=tolerance))
+    return bool(torch.allclose(ours_T, _cross_entropy(logits_TV, label_T), rtol=0, atol=_tolerance(logits_TV)))

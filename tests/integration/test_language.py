@@ -256,6 +256,30 @@ def test_a_pair_of_checkpoints_is_compared_without_queries(make, tmp_path):
     assert "reference" in page
 
 
+def test_nothing_is_selected_where_nothing_is_scored(make, tmp_path):
+    """All rows are rejects, as the spec allows: an empty ranking, no selection."""
+    pq.write_table(pa.table({"id": ["a", "b"], "text": ["", None]}), tmp_path / "empty.parquet")
+    run = run_without_ray(
+        make(
+            f"corpus.uri={tmp_path}/empty.parquet",
+            "score.max_reject_fraction=1",
+            "corpus.source=id",
+            "rank.fraction=0.5",
+        )
+    )
+    finish(run)
+    assert 0 == len(run.read_ranked()[0])
+    assert not list((tmp_path / "run" / "topk").rglob("part-*"))
+
+
+def test_a_payload_named_as_a_column_of_the_ranking_is_refused(make, folder, tmp_path):
+    """Also as it is called where losses are means."""
+    table = pq.read_table(folder / "corpus.parquet")
+    pq.write_table(table.append_column("base_loss_per_token", table["id"]), tmp_path / "corpus.parquet")
+    with pytest.raises(SpecError, match="base_loss_per_token: the ranked table has columns of that name"):
+        freeze(make(f"corpus.uri={tmp_path}/corpus.parquet", "corpus.payload=[base_loss_per_token]"))
+
+
 def test_queries_are_missed_where_they_are_needed(make):
     """A producer that tunes on them says so before any work."""
     with pytest.raises(SpecError, match="queries: missing; producer unlearn tunes on them"):

@@ -11,6 +11,7 @@ from pipeline.engine import LossEngine
 from pipeline.errors import ContractError, InputError, SpecError
 from pipeline.extensions import load_model, load_task
 from pipeline.tasks import tokens
+from tests.contract.test_adapters import gpt2
 from tests.language import CHAT, CONTEXT, VOCABULARY, gpt, saved, sentences, t5, tokenizer
 from tests.unit.test_spec import parse
 
@@ -135,6 +136,37 @@ def test_a_model_that_makes_logits_its_own_way_is_asked_for_them(folder, capsys)
     with torch.no_grad():
         assert reference(model, ids) == pytest.approx(losses(lm, model, encode(lm, TEXTS[0]))[0], abs=1e-5)
     assert "WithCap makes its logits in a way of its own" in capsys.readouterr().err
+
+
+def test_a_model_that_looks_ahead_is_refused(folder):
+    """BERT's, with a language model's head: padding on the right would change what it says of a text."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    small = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    lm = task(folder)
+    with pytest.raises(ContractError, match=r"BertLMHeadModel is not causal(.|\n)*is_decoder"):
+        losses(lm, BertLMHeadModel(BertConfig(**small)).eval(), encode(lm, TEXTS[0]))
+    decoder = BertLMHeadModel(BertConfig(**small, is_decoder=True)).eval()
+    assert np.isfinite(losses(lm, decoder, encode(lm, TEXTS[0]))).all()
+
+
+def test_a_model_with_dropout_is_looked_at_without(folder, capsys):
+    """In train mode: still in chunks, still in train mode after, and with the random numbers that were there before."""
+    lm, found = task(folder), []
+    batch = {name: torch.from_numpy(array) for name, array in encode(lm, *TEXTS[:3]).whole().items()}
+    model = gpt2().train()
+    for _ in range(2):
+        torch.manual_seed(7)
+        found.append(lm.loss_B(model, batch).mean().item())
+    assert found[0] == found[1]
+    assert tokens._heads[model], "chunked"
+    assert all(module.training for module in model.modules())
 
 
 def test_chunks_of_any_size_give_the_same_losses_and_gradients(folder, monkeypatch):
