@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
+from rich.console import Console
 
 from jobs import digits
 from jobs.cli import app, guarded
@@ -22,6 +23,7 @@ from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tune import Tuner
 from tests import seaweed
+from tests.faults.ledger import JSON_PATH, PROPERTY, Entry, Ledger
 from tests.faults.proxy import Proxy, in_front_of
 
 CORPUS_ROWS = 150
@@ -183,6 +185,23 @@ def ray_cluster(s3: seaweed.Store) -> Iterator[Proxy]:
         _quieten()
         yield proxy
         ray.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2`, tests on Ray are one process's and all others another's: the first mostly wait, the others compute."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else "others"))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table of all faults."""
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    ended = [report for report in reports if getattr(report, "when", None) == "teardown"]
+    entries = [Entry(**value) for report in ended for name, value in report.user_properties if name == PROPERTY]
+    if entries:
+        Ledger(entries).write(config.rootpath / JSON_PATH)
+        terminalreporter.section("faults")
+        Ledger(entries).show(Console(file=terminalreporter._tw._file, width=140))
 
 
 @pytest.fixture(scope="session")

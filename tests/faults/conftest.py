@@ -1,31 +1,22 @@
-"""What the faults share: the undisturbed run, the ledger and its table at the end."""
+"""What the faults share: the undisturbed run, the ledger."""
 
 import copy
+from dataclasses import asdict
 
 import pytest
-from rich.console import Console
 
 from pipeline.specfile import parse_spec
 from tests.conftest import run_without_ray
-from tests.faults.ledger import JSON_PATH, Ledger
+from tests.faults.ledger import PROPERTY, Ledger
 from tests.seaweed import forget
 
-_LEDGER = pytest.StashKey()
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture
 def ledger(request):
-    """Where faults are written down."""
-    return request.config.stash.setdefault(_LEDGER, Ledger())
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """Print the table of all faults of the session."""
-    ledger = config.stash.get(_LEDGER, Ledger())
-    if ledger.entries:
-        ledger.write(config.rootpath / JSON_PATH)
-        terminalreporter.section("faults")
-        ledger.show(Console(file=terminalreporter._tw._file, width=140))
+    """Where a test writes down its faults; they go home with its report, and all are shown at the end."""
+    made = Ledger()
+    yield made
+    request.node.user_properties += [(PROPERTY, asdict(entry)) for entry in made.entries]
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from pipeline import storage
 from pipeline.artifacts import Run
 
 JSON_PATH = Path("build/faults/faults.json")
+PROPERTY = "fault"
+"""Of a test's report: an entry."""
 _VALUES = ["example_id", "source", "base_loss", "counterpart_loss", "score"]
 _Key = tuple[str, str, int]
 
@@ -47,7 +49,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """All faults of a session."""
+    """Faults of a test, or of all."""
 
     entries: list[Entry] = field(default_factory=list)
 
