@@ -33,28 +33,7 @@ MODEL = Path("build/smollm2")
 TEXTS, SHORTEST, LONGEST = 24, 10, 1024
 ROWS_PACKED, ROWS_PADDED = 4, 8
 PAIRS = 3
-_WORDS = [
-    "the",
-    "a",
-    "of",
-    "to",
-    "in",
-    "and",
-    "is",
-    "was",
-    "born",
-    "lived",
-    "wrote",
-    "house",
-    "river",
-    "city",
-    "year",
-    "model",
-    "example",
-    "loss",
-    "shard",
-    "query",
-]
+_WORDS = "the a of to in and is was born lived wrote house river city year model example loss shard query"
 
 
 class World:
@@ -73,7 +52,7 @@ class World:
         draw = random.Random(0)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         lengths = [draw.randint(SHORTEST, LONGEST) for _ in range(texts)]
-        self.texts = [" ".join(draw.choices(_WORDS, k=length)) for length in lengths]
+        self.texts = [" ".join(draw.choices(_WORDS.split(), k=length)) for length in lengths]
         self.ids = [torch.tensor(ids) for ids in self.tokenizer(self.texts)["input_ids"]]
         self.tokens = sum(map(len, self.ids))
         pq.write_table(pa.table({"text": self.texts}), folder / "corpus.parquet")
