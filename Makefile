@@ -32,7 +32,7 @@ demo-s3: install ## The same on S3 and a Ray cluster of its own, submitted as a 
 	$(BIN)/python -m jobs.digits build/demo
 	$(BIN)/python -m jobs.demo_s3 build/demo
 
-demo-facts: install $(SMOLLM2) ## A language model learns facts; which sentences taught it? About ten minutes
+demo-facts: install $(SMOLLM2) ## A language model learns facts; which sentences taught it? About seven minutes
 	@rm -rf runs/facts
 	$(BIN)/python -m jobs.facts $(FACTS) --model $(dir $(SMOLLM2))
 	$(BIN)/mirrorscope run jobs/specs/trace_facts.yaml
