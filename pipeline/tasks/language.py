@@ -24,7 +24,6 @@ from .text import Text
 from .tokens import IGNORED, require_causal, token_losses
 
 _Ids = list[int]
-Overlong = Literal["cut", "windows", "reject"]
 Reduction = Literal["mean", "sum"]
 
 
@@ -37,51 +36,40 @@ class _Encoded:
     problem: str = ""
 
 
+@dataclass(kw_only=True, eq=False)
 class CausalLM:
     """Next-token cross-entropy of a text, in nats: the mean over its tokens, or their sum. See Task and SequenceTask.
 
-    Args:
-        text: Corpus column of the text; null for `text`.
-        messages: Corpus column of a conversation, instead of a text: a list of {role, content}.
-        tokens: Corpus column of token ids, instead of a text.
-        prompt: Corpus column of what stands before the text (or tokens) and whose tokens do not count; null or empty for nothing.
-        answer_only: Of a conversation only the last message counts.
-        tokenizer_uri: Folder of the tokenizer; null if there are tokens only.
-        config_uri: Folder of the model's config; null for the tokenizer's.
-        special_tokens: Whether the tokenizer adds its own (a first token, a last one).
-        end: Whether the end-of-text token is added behind a text, and counts.
-        max_tokens: Length of a sequence; null for what the model was made for.
-        overlong: What happens to a longer example: cut behind, split into windows, or rejected.
-        reduction: `mean` per token, or `sum`.
+    The spec's fields of the same names say what each means.
     """
 
-    def __init__(
-        self,
-        text: str | None = None,
-        messages: str | None = None,
-        tokens: str | None = None,
-        prompt: str | None = None,
-        answer_only: bool = False,
-        tokenizer_uri: str | None = None,
-        config_uri: str | None = None,
-        special_tokens: bool = True,
-        end: bool = False,
-        max_tokens: int | None = None,
-        overlong: Overlong = "cut",
-        reduction: Reduction = "mean",
-    ) -> None:
+    text: str | None = None
+    messages: str | None = None
+    tokens: str | None = None
+    prompt: str | None = None
+    answer_only: bool = False
+    tokenizer_uri: str | None = None
+    config_uri: str | None = None
+    special_tokens: bool = True
+    end: bool = False
+    max_tokens: int | None = None
+    overlong: Literal["cut", "windows", "reject"] = "cut"
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        """Raises SpecError, InputError: no tokenizer where one is needed, more tokens than the model has places for."""
         self._kind, self._column = next(
             (kind, name)
-            for kind, name in (("tokens", tokens), ("messages", messages), ("text", text or "text"))
+            for kind, name in (("tokens", self.tokens), ("messages", self.messages), ("text", self.text or "text"))
             if name is not None
         )
-        self._prompt, self._answer_only = prompt, answer_only
-        self._special_tokens, self._end = special_tokens, end
-        self._text = Text(tokenizer_uri, config_uri)
-        self._max_tokens, self._overlong = max_tokens or self._text.context, overlong
-        if max_tokens and max_tokens > (self._text.positions or max_tokens):
-            raise SpecError(f"task.max_tokens: got {max_tokens:,}, the model has places for {self._text.positions:,}")
-        self.per_token = reduction == "mean"
+        self._text, self.per_token = Text(self.tokenizer_uri, self.config_uri), self.reduction == "mean"
+        if self.max_tokens is None:
+            self.max_tokens = self._text.context
+        elif self.max_tokens > (self._text.positions or self.max_tokens):
+            raise SpecError(
+                f"task.max_tokens: got {self.max_tokens:,}, the model has places for {self._text.positions:,}"
+            )
         if self._kind != "tokens":
             self._text.require(template=self._kind == "messages")
 
@@ -89,7 +77,7 @@ class CausalLM:
         """See Task."""
         found = [Column(self._kind, (self._column,), self._kind)]
         return found + (
-            [Column("prompt", (self._prompt,), self._kind, optional=True)] if self._prompt is not None else []
+            [Column("prompt", (self.prompt,), self._kind, optional=True)] if self.prompt is not None else []
         )
 
     def encode(self, raw: Mapping[str, np.ndarray]) -> Sequences:
@@ -103,9 +91,9 @@ class CausalLM:
             if problem := encoded.problem or self._text.problem(encoded.ids):
                 bad[row] = problem
                 continue
-            long = self._max_tokens is not None and len(encoded.ids) > self._max_tokens
-            if long and self._overlong == "reject":
-                bad[row] = f"{len(encoded.ids):,} tokens, more than {self._max_tokens:,}"
+            long = self.max_tokens is not None and len(encoded.ids) > self.max_tokens
+            if long and self.overlong == "reject":
+                bad[row] = f"{len(encoded.ids):,} tokens, more than {self.max_tokens:,}"
                 continue
             counted = [window for window in self._windows(encoded) if any(each != IGNORED for each in window[1][1:])]
             if not counted:
@@ -128,17 +116,17 @@ class CausalLM:
                 before = [] if prompts is None else list(prompts[i])
                 yield _Encoded([*before, *row], len(before))
         elif self._kind == "messages":
-            yield from (_Encoded(*each) for each in self._text.conversations(raw["messages"], self._answer_only))
+            yield from (_Encoded(*each) for each in self._text.conversations(raw["messages"], self.answer_only))
         else:
-            end = [self._text.end] if self._end else []
-            pairs = self._text.texts(raw["text"], prompts, self._special_tokens)
+            end = [self._text.end] if self.end else []
+            pairs = self._text.texts(raw["text"], prompts, self.special_tokens)
             yield from (_Encoded([*ids, *end], prompt) for ids, prompt in pairs)
 
     def _windows(self, encoded: _Encoded) -> Iterator[tuple[_Ids, _Ids]]:
         """Tokens and labels of each sequence. A window begins with the last token before it, so none goes uncounted."""
-        ids, size = encoded.ids, self._max_tokens or len(encoded.ids)
+        ids, size = encoded.ids, self.max_tokens or len(encoded.ids)
         labels = [IGNORED] * min(encoded.prompt, len(ids)) + ids[encoded.prompt :]
-        if len(ids) <= size or self._overlong == "cut":
+        if len(ids) <= size or self.overlong == "cut":
             yield ids[:size], labels[:size]
             return
         for start in range(0, len(ids) - 1, size - 1):
@@ -164,42 +152,32 @@ class CausalLM:
         return self._text.pieces(ids)
 
 
+@dataclass(kw_only=True, eq=False)
 class Seq2Seq:
     """Cross-entropy of a target text given a source text, in nats: mean over the target's tokens, or sum. See Task, SequenceTask.
 
-    Args:
-        text: Corpus column of the source.
-        target: Corpus column of the target.
-        tokenizer_uri: Folder of the tokenizer.
-        config_uri: Folder of the model's config; null for the tokenizer's.
-        max_tokens: Length of a source; null for what the tokenizer says.
-        max_target_tokens: Length of a target; null for the same.
-        overlong: What happens to a longer one: cut behind, or rejected.
-        reduction: `mean` per token, or `sum`.
+    The spec's fields of the same names say what each means.
     """
 
-    def __init__(
-        self,
-        text: str = "text",
-        target: str = "target",
-        tokenizer_uri: str | None = None,
-        config_uri: str | None = None,
-        max_tokens: int | None = None,
-        max_target_tokens: int | None = None,
-        overlong: Literal["cut", "reject"] = "cut",
-        reduction: Reduction = "mean",
-    ) -> None:
-        self._columns = (text, target)
-        self._text = Text(tokenizer_uri, config_uri)
+    text: str = "text"
+    target: str = "target"
+    tokenizer_uri: str | None = None
+    config_uri: str | None = None
+    max_tokens: int | None = None
+    max_target_tokens: int | None = None
+    overlong: Literal["cut", "reject"] = "cut"
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        """Raises SpecError, InputError: there is no tokenizer."""
+        self._text, self.per_token = Text(self.tokenizer_uri, self.config_uri), self.reduction == "mean"
         self._text.require()
-        context = self._text.context
-        self._sizes = (max_tokens or context, max_target_tokens or context)
-        self._overlong = overlong
-        self.per_token = reduction == "mean"
+        self.max_tokens = self.max_tokens or self._text.context
+        self._sizes = (self.max_tokens, self.max_target_tokens or self.max_tokens)
 
     def columns(self) -> list[Column]:
         """See Task."""
-        return [Column(name, (column,), "text") for name, column in zip(("text", "target"), self._columns, strict=True)]
+        return [Column(name, (column,), "text") for name, column in (("text", self.text), ("target", self.target))]
 
     def encode(self, raw: Mapping[str, np.ndarray]) -> Sequences:
         """See SequenceTask."""
@@ -211,7 +189,7 @@ class Seq2Seq:
         for row, pair in enumerate(zip(sources, targets, strict=True)):
             long = [size is not None and len(ids) > size for ids, size in zip(pair, self._sizes, strict=True)]
             problem = next(filter(None, map(self._text.problem, pair)), "")
-            if any(long) and self._overlong == "reject":
+            if any(long) and self.overlong == "reject":
                 problem = (
                     f"{len(pair[0]):,} and {len(pair[1]):,} tokens, more than {self._sizes[0]} and {self._sizes[1]}"
                 )

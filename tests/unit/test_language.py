@@ -418,6 +418,17 @@ def test_a_targets_loss_is_the_models_own(tmp_path):
     assert [len(plain(target)["input_ids"]) for target in targets] == sequences.num_tokens_N.tolist()
 
 
+def test_targets_are_as_long_as_sources_may_be(folder):
+    """If nothing else is said; both are cut, and the example counts once."""
+    text = objects(long_text())
+    for fields, expected in (({}, CONTEXT), ({"max_tokens": 9}, 9), ({"max_tokens": 9, "max_target_tokens": 5}, 5)):
+        lm = load_task(parse(task={"name": "seq2seq", "tokenizer_uri": folder, **fields}).task)
+        sequences = lm.encode({"text": text, "target": text})
+        assert [expected] == sequences.num_tokens_N.tolist()
+        assert fields.get("max_tokens", CONTEXT) == sequences.columns["input_ids"].length_S[0]
+        assert 1 == sequences.overlong
+
+
 def test_a_model_without_a_decoder_is_no_sequence_to_sequence_model(folder):
     """The message says which task it is for."""
     lm = load_task(parse(task={"name": "seq2seq", "tokenizer_uri": folder}).task)
