@@ -33,6 +33,13 @@ def cnn(width: int = 16) -> nn.Module:
     )  # fmt: skip
 
 
+def mlp() -> nn.Module:
+    """An MLP for 8 x 8 digits: 64-64-32-10 with ReLU; [B, 1, 8, 8] -> logits [B, 10]."""
+    from torch import nn
+
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Pixels [1797, 64] in [0, 1] as float32, labels [1797] as int64."""
     import numpy as np
