@@ -1,0 +1,174 @@
+"""Other libraries' scores and timings on the same model and data as ours, in an environment of their own.
+
+    python3 -m venv build/peers && build/peers/bin/pip install -r tests/bench/peers/requirements.txt
+    build/peers/bin/python -m tests.bench.peers.run FOLDER [--only NAME ...] [--threads 2] [--timing-rows 20000]
+
+FOLDER holds setup.json ({"factory": "package.module:function", "kind": "classification" or "causal_lm", "reduction": "sum" or
+"mean"}), model.safetensors, train.npz and queries.npz (features and label, or input_ids and labels with -100 where a token does
+not count). Examples and queries are called by their row numbers.
+
+Writes FOLDER/scores-NAME.parquet (query_id, example_id, score; higher = training on the example lowers the query's loss more)
+and FOLDER/peers.json. With --timing-rows, FOLDER/peers-speed.json instead: one query against the training examples repeated up
+to so many rows, median of three runs after one that does not count, in the batches that suit each peer best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partialmethod
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+from tests.bench.peers.world import Kind, Scored, UnsupportedError, World
+
+Peer = Callable[[World], Scored]
+
+RUNS = 3
+WARM_UP_ROWS = 64
+BATCHES: dict[Kind, tuple[int, ...]] = {"classification": (64, 256, 1024, 4096), "causal_lm": (8, 32, 128)}
+"""What speed is measured in; the fastest counts."""
+PLAIN = ("kronfluence-identity", "dattri-graddot", "dattri-hooks", "captum-tracincp", "captum-tracincp-fast")
+"""Peers without curvature or projections, whose speed is measured."""
+
+
+def peers() -> dict[str, Peer]:
+    """Every peer by name: library-method."""
+    from tests.bench.peers import with_captum, with_dattri, with_kronfluence
+
+    return {
+        "kronfluence-identity": with_kronfluence.identity,
+        "kronfluence-ekfac": with_kronfluence.ekfac,
+        "kronfluence-ekfac-heuristic": with_kronfluence.ekfac_heuristic,
+        "dattri-graddot": with_dattri.graddot,
+        "dattri-hooks": with_dattri.hooks,
+        "dattri-tracin": with_dattri.tracin,
+        "dattri-trak": with_dattri.trak,
+        "dattri-trak-regularized": with_dattri.trak_regularized,
+        "dattri-ekfac": with_dattri.ekfac,
+        "dattri-ekfac-mended": with_dattri.ekfac_mended,
+        "captum-tracincp": with_captum.tracincp,
+        "captum-tracincp-fast": with_captum.tracincp_fast,
+    }
+
+
+def score(folder: Path, world: World, chosen: dict[str, Peer]) -> None:
+    """Scores and timings of the chosen peers; what other peers left there stays."""
+    for name, peer in chosen.items():
+        try:
+            _warm_up(peer, world.first(WARM_UP_ROWS))
+            scored = peer(world)
+        except UnsupportedError as error:
+            _note(folder / "peers.json", name, {"version": _version(name), "unsupported": str(error)})
+            continue
+        _write(folder / f"scores-{name}.parquet", scored.score_QN)
+        _note(
+            folder / "peers.json",
+            name,
+            {"fit_s": scored.fit_s, "score_s": scored.score_s, **_facts(name, world, scored.settings)},
+        )
+
+
+def measure(folder: Path, world: World, chosen: dict[str, Peer]) -> None:
+    """Rows per second of the chosen peers in the batches that suit each best, everything included that one query needs."""
+    for name, peer in chosen.items():
+        try:
+            _note(folder / "peers-speed.json", name, _fastest(name, peer, world))
+        except UnsupportedError as error:
+            _note(folder / "peers-speed.json", name, {"version": _version(name), "unsupported": str(error)})
+
+
+def _fastest(name: str, peer: Peer, world: World) -> dict[str, Any]:
+    seconds: dict[int, list[float]] = {}
+    settings: dict[int, str] = {}
+    for batch_rows in BATCHES[world.kind]:
+        sized = replace(world, batch_rows=batch_rows)
+        _warm_up(peer, sized)
+        runs = [peer(sized) for _ in range(RUNS)]
+        seconds[batch_rows] = [run.fit_s + run.score_s for run in runs]
+        settings[batch_rows] = runs[0].settings
+    best = min(seconds, key=lambda batch_rows: statistics.median(seconds[batch_rows]))
+    return {
+        "rows_per_s": len(world.train) / statistics.median(seconds[best]),
+        "seconds": seconds[best],
+        "rows_per_s_by_batch": {rows: len(world.train) / statistics.median(found) for rows, found in seconds.items()},
+        **_facts(name, world, settings[best]),
+    }
+
+
+def _warm_up(peer: Peer, world: World) -> None:
+    """One run that does not count; then what it left is kept out of garbage collection.
+
+    kronfluence collects garbage ten times a run, .4 s over what torch and transformers leave lying about, against .03 s for
+    20,000 digits.
+    """
+    peer(world)
+    gc.collect()
+    gc.freeze()
+
+
+def _facts(name: str, world: World, settings: str) -> dict[str, Any]:
+    return {
+        "version": _version(name),
+        "rows": len(world.train),
+        "queries": len(world.queries),
+        "threads": torch.get_num_threads(),
+        "settings": settings,
+    }
+
+
+def _version(name: str) -> str:
+    return version(name.partition("-")[0])
+
+
+def _write(path: Path, score_QN: np.ndarray) -> None:
+    queries, examples = score_QN.shape
+    query_ids, example_ids = np.arange(queries).astype(str), np.arange(examples).astype(str)
+    table = {
+        "query_id": np.repeat(query_ids, examples),
+        "example_id": np.tile(example_ids, queries),
+        "score": score_QN.ravel(),
+    }
+    pq.write_table(pa.table(table), path)
+
+
+def _note(path: Path, name: str, facts: dict[str, Any]) -> None:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | {name: facts}, indent=2) + "\n")
+    print(name, json.dumps(facts), flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    # kronfluence asks for torchvision and does not use it; its usual build breaks beside a CPU torch when transformers loads it.
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
+    table = peers()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="inputs and results")
+    parser.add_argument("--only", nargs="+", choices=table, metavar="NAME", help=", ".join(table))
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--timing-rows", type=int, help="measure speed over so many rows instead of writing scores")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    world = World.read(given.folder)
+    if given.timing_rows:
+        measure(given.folder, world.repeated(given.timing_rows), {name: table[name] for name in given.only or PLAIN})
+    else:
+        score(given.folder, world, {name: table[name] for name in given.only or table})
+
+
+if __name__ == "__main__":
+    main()
