@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from .producer_choices import CustomProducer, Finetune, MaskHeads, Reference, Unlearn
+from .producer_choices import CustomProducer, Finetune, MaskHeads, Natural, Reference, Unlearn
 from .sections import Custom, Extension, Uri, is_importable
 
 
@@ -90,6 +90,9 @@ class ClassificationTask(Extension):
     """Per-channel mean that is subtracted before the model; empty for none."""
     std: list[Annotated[float, Field(gt=0)]] = []
     """Per-channel standard deviation to divide by; empty for none."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it before any loss. Above 1 the model counts as less certain: what it has fitted to zero loss
+    gets a loss again, and gradients that say something. On digits 2 gives far truer scores than 1."""
 
     @model_validator(mode="after")
     def _fits_shape(self) -> ClassificationTask:
@@ -205,6 +208,7 @@ TaskSection = Annotated[
 ProducerSection = Annotated[
     Annotated[Unlearn, Tag("unlearn")]
     | Annotated[Finetune, Tag("finetune")]
+    | Annotated[Natural, Tag("natural")]
     | Annotated[Reference, Tag("reference")]
     | Annotated[MaskHeads, Tag("mask_heads")]
     | Annotated[CustomProducer, Tag("custom")],

@@ -17,7 +17,7 @@ from .base import Batch, to_loss_dtype
 
 
 class Classification:
-    """Cross-entropy, in nats, of `label` under `model(features)`; the model returns logits [B, C].
+    """Cross-entropy, in nats, of `label` under `model(features) / temperature`; the model returns logits [B, C].
 
     Args:
         features: Corpus column(s) of the input.
@@ -25,6 +25,7 @@ class Classification:
         shape: Shape of one input.
         mean: Per-channel mean to subtract; empty for none.
         std: Per-channel standard deviation to divide by; empty for none.
+        temperature: Logits are divided by it.
     """
 
     def __init__(
@@ -34,11 +35,12 @@ class Classification:
         shape: Sequence[int],
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
+        temperature: float = 1.0,
     ) -> None:
         self._features = (features,) if isinstance(features, str) else tuple(features)
         self._label = label
         self._shape = tuple(shape)
-        self._mean, self._std = tuple(mean), tuple(std)
+        self._mean, self._std, self._temperature = tuple(mean), tuple(std), temperature
 
     def columns(self) -> list[Column]:
         """See Task."""
@@ -53,7 +55,8 @@ class Classification:
                 f"the model returned logits of shape {list(logits_BC.shape)}, expected [{len(label_B)}, classes]"
             )
         outside_B = (label_B < 0) | (label_B >= logits_BC.shape[1])
-        loss_B = F.cross_entropy(to_loss_dtype(logits_BC), label_B.masked_fill(outside_B, 0), reduction="none")
+        tempered_BC = to_loss_dtype(logits_BC) / self._temperature
+        loss_B = F.cross_entropy(tempered_BC, label_B.masked_fill(outside_B, 0), reduction="none")
         return loss_B.masked_fill(outside_B, torch.nan)
 
     def _normalised(self, features: Tensor) -> Tensor:
