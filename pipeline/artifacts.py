@@ -163,6 +163,25 @@ class Run(Folder):
         done = parallel(lambda q: storage.exists(self.uri("counterparts", partition(q), "meta.json")), named)
         return {query_id for query_id, committed in zip(named, done, strict=True) if committed}
 
+    # --- what a producer found out about the corpus ------------------------------------------------------------------
+
+    def commit_fitted(self, tensors: bytes, details: Mapping[str, Any]) -> None:
+        """Write what a producer fitted to the corpus, then fitted/meta.json, which commits it."""
+        name = f"fitted-{storage.bytes_digest(tensors)[:16]}.safetensors"
+        written = {"name": name, **self.write(tensors, "fitted", name)}
+        meta = {"details": dict(details), "fingerprint": self.additions[0].fingerprint, "tensors": written}
+        self.write_json(meta, "fitted", "meta.json")
+
+    def fitted(self) -> tuple[bytes, dict[str, Any]] | None:
+        """The tensors and details that a producer fitted to the corpus; null if it has not yet, or they are damaged."""
+        try:
+            meta = self.read_json("fitted", "meta.json")
+            data = storage.read_bytes(self.uri("fitted", meta["tensors"]["name"]))
+        except (InputError, ArtifactError):
+            return None
+        self._require_own(meta.get("fingerprint"), "fitted/meta.json")
+        return (data, meta["details"]) if storage.bytes_digest(data) == meta["tensors"]["sha256"] else None
+
     # --- commits of shards -----------------------------------------------------------------------------------------
 
     def commit(self, receipt: Receipt) -> Receipt:

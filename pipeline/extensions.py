@@ -50,6 +50,11 @@ def needs_query(producer: Producer) -> bool:
     return bool(getattr(producer, "needs_query", True))
 
 
+def sample_rows(producer: Producer) -> int:
+    """Rows of the corpus that a producer wants to see (a SampleProducer); 0 for one that sees its query alone."""
+    return int(getattr(producer, "sample_rows", 0))
+
+
 def load_model(section: ModelSection, device: str, seed: int) -> Module:
     """The base model a spec names, in eval mode on its device.
 

@@ -17,6 +17,14 @@ _NotNegative = Annotated[float, Field(ge=0)]
 _Count = Annotated[int, Field(ge=1)]
 
 
+def _regular_expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is not a regular expression: {error}") from error
+    return value
+
+
 class Steps(Extension):
     """What gradient producers share."""
 
@@ -57,14 +65,7 @@ class Steps(Extension):
             )
         return self
 
-    @field_validator("parameters", "lora_targets")
-    @classmethod
-    def _regular_expression(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{value!r} is not a regular expression: {error}") from error
-        return value
+    _check_patterns = field_validator("parameters", "lora_targets")(_regular_expression)
 
 
 PAPER: Mapping[str, Any] = {
@@ -121,6 +122,30 @@ class Finetune(Steps):
     """No further step once the query's mean loss has moved by so much, in nats. 0: all steps."""
 
 
+class Natural(Extension):
+    """One small step along the query's gradient, solved against the curvature of the corpus's loss: scores are influences."""
+
+    name: Literal["natural"] = "natural"
+    """This producer; it sees a sample of the corpus, and solves for several queries at once."""
+    curvature: Literal["gauss_newton"] = "gauss_newton"
+    """How the corpus's loss bends. `gauss_newton`: as it does, by conjugate gradients."""
+    damping: _Positive | None = None
+    """Added to the curvature's diagonal, in nats. Null: chosen on rows of the corpus that are held out."""
+    iterations: _Count = 20
+    """Conjugate-gradient iterations at most; each goes through the sample once."""
+    tolerance: _Positive = 1e-3
+    """They end when no query's residual is longer than this share of its gradient."""
+    sample_rows: _Count = 4096
+    """Rows of the corpus that the curvature is measured on, drawn at random; all of a smaller corpus. More is better."""
+    step: _Positive | None = None
+    """Length of the step, as the rise of the query's loss in nats to first order. Null: for each query that at which the
+    loss differences of some rows of the corpus are nearest to their exact derivatives."""
+    parameters: str = ""
+    """Regular expression searched in parameter names: only those that match are moved. Empty: all."""
+
+    _check_parameters = field_validator("parameters")(_regular_expression)
+
+
 class Reference(Extension):
     """A checkpoint that exists already, compared with the base: nothing is tuned. Needs no queries."""
 
@@ -157,7 +182,7 @@ class MaskHeads(Extension):
 class CustomProducer(Custom):
     """Your own producer."""
 
-    builtin: ClassVar[tuple[str, ...]] = ("unlearn", "finetune", "reference", "mask_heads")
+    builtin: ClassVar[tuple[str, ...]] = ("unlearn", "finetune", "natural", "reference", "mask_heads")
 
     name: str
     """`package.module:Class`, importable where the pipeline runs."""

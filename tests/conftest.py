@@ -21,7 +21,7 @@ from pipeline import freeze, storage
 from pipeline.artifacts import Run
 from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
-from pipeline.tune import Tuner
+from pipeline.tuner import Tuner
 from tests import seaweed
 from tests.faults.ledger import JSON_PATH, PROPERTY, Entry, Ledger
 from tests.faults.proxy import Proxy, in_front_of

@@ -20,7 +20,7 @@ from pipeline.run import finish
 from pipeline.score import _tally
 from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
-from pipeline.tune import Tuner
+from pipeline.tuner import Tuner
 from pipeline.works import Work
 
 CLASSES = 3

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..changes import LowRank
+from ..curvatures.base import Parameters, Sample
 from ..tasks.base import Batch, Task
 
 
@@ -46,6 +47,85 @@ class Producer(Protocol):
 
         Raises:
             ContractError: The model or query does not fit the producer.
+            NumericsError: A gradient or weight is not finite.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a producer is shown of the base model and its corpus.
+
+    Args:
+        base: Base model in eval mode; must come back unchanged.
+        task: Says what a loss is.
+        rest: Random rows, shared out over the workers.
+        held_out: Others, shared out too, on which choices are judged.
+        probe: Others again, the same at every worker: batches [B, *shape].
+        everything: All of these rows, shared out.
+        rows: Rows of the corpus.
+        seed: All randomness must derive from it.
+    """
+
+    base: nn.Module
+    task: Task
+    rest: Sample
+    held_out: Sample
+    probe: Sequence[Batch]
+    everything: Sample
+    rows: int
+    seed: int
+
+    def slope(self, parameters: Parameters, rows: Batch) -> Tensor:
+        """Gradient [P] of the mean loss of some rows."""
+        return parameters.gradient(lambda: self.task.loss_B(self.base, rows).mean())
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a producer found out about the corpus once, for all queries; saved with the run.
+
+    Args:
+        tensors: Name -> tensor.
+        details: Numbers and short strings.
+    """
+
+    tensors: Mapping[str, Tensor]
+    details: dict[str, float | str]
+
+
+class SampleProducer(Protocol):
+    """Makes counterparts of many queries at once, with a look at the corpus. All workers do so together.
+
+    Its constructor takes the spec's fields as keyword arguments.
+    """
+
+    direction: int
+    """As of Producer."""
+    sample_rows: int
+    """Rows of the corpus that it wants to see."""
+
+    def fit(self, setting: Setting) -> Fitted:
+        """What can be found out before there is a query: the same at every worker.
+
+        Raises:
+            ContractError: The model or task does not fit the producer.
+            NumericsError: Something is not finite.
+        """
+        ...
+
+    def produce_all(
+        self, setting: Setting, queries: Mapping[str, Batch], fitted: Fitted
+    ) -> Iterator[tuple[str, Produced]]:
+        """Query id and counterpart, one after the other in the queries' order: the same at every worker.
+
+        Args:
+            setting: As `fit` saw it.
+            queries: Query id -> all its rows.
+            fitted: What `fit` found out, perhaps at an earlier start.
+
+        Raises:
+            ContractError: The model or a query does not fit the producer.
             NumericsError: A gradient or weight is not finite.
         """
         ...

@@ -25,7 +25,7 @@ from pipeline.extensions import load_model
 from pipeline.freeze import freeze
 from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
-from pipeline.tune import Tuner
+from pipeline.tuner import Tuner
 from tests.bench.bench import forget_scores
 from tests.bench.table import Row, at_least, machine, publish
 

@@ -86,7 +86,7 @@ class World:
 
 
 def _tune(run: Run, query_id: str) -> None:
-    from pipeline.tune import Tuner
+    from pipeline.tuner import Tuner
 
     Tuner(run, "cpu").tune(query_id)
 

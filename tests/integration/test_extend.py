@@ -20,7 +20,7 @@ from pipeline.frozen import open_run
 from pipeline.run import finish
 from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
-from pipeline.tune import Tuner
+from pipeline.tuner import Tuner
 from tests.conftest import exit_code, read_scores
 from tests.small import LATER, Small, one_thread, products, work_off
 

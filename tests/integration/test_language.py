@@ -20,7 +20,7 @@ from pipeline.scorer import ShardScorer
 from pipeline.shading import _shaded
 from pipeline.specfile import parse_spec
 from pipeline.tasks.language import CausalLM
-from pipeline.tune import Tuner
+from pipeline.tuner import Tuner
 from tests.conftest import exit_code, run_without_ray, tuned
 from tests.language import gpt, saved, sentences, tokenizer
 

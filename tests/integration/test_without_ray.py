@@ -24,7 +24,7 @@ from pipeline.run import finish, rerank
 from pipeline.scorer import ShardScorer
 from pipeline.spec import CorpusSection
 from pipeline.specfile import load_spec
-from pipeline.tune import Tuner
+from pipeline.tuner import Tuner
 from tests.conftest import CORPUS_ROWS, read_scores, run_without_ray
 
 

@@ -19,7 +19,7 @@ from pipeline.producers.base import Producer
 from pipeline.records import Transform
 from pipeline.tasks.classification import Classification
 from pipeline.topk import transform_value
-from pipeline.tune import query_seed
+from pipeline.tuner import query_seed
 
 TRAIN_ROWS = 1000
 BATCH_ROWS = 256

@@ -1,0 +1,6 @@
+"""How the corpus's loss bends, in forms that can be inverted: one module per curvature, `base.py` holds the protocol."""
+
+BUILTIN = {
+    "gauss_newton": "pipeline.curvatures.gauss_newton:GaussNewton",
+}
+"""Word in the spec -> class."""

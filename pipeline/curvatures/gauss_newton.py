@@ -1,0 +1,120 @@
+"""The Gauss-Newton matrix itself, inverted by conjugate gradients on its products with vectors.
+
+Shapes: Q vectors, P numbers of the chosen parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..tasks.base import Task
+from .base import Parameters, Sample
+from .linearised import Linearised
+
+
+class GaussNewton:
+    """G = mean over the sample of J' H J. See Curvature. Nothing is kept of it: every solve goes through the sample again.
+
+    Args:
+        iterations: Of conjugate gradients, at most.
+        tolerance: A solve ends when no residual is longer than this share of its right-hand side.
+    """
+
+    def __init__(self, iterations: int, tolerance: float) -> None:
+        self._iterations, self._tolerance = iterations, tolerance
+        self._product: Callable[[Tensor], Tensor] | None = None
+
+    def fit(
+        self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int
+    ) -> Mapping[str, Tensor]:
+        """See Curvature."""
+        return {}
+
+    def load(
+        self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """See Curvature."""
+        self._product = partial(product, model, task, parameters, sample)
+
+    def solve(self, slope_QP: Tensor, dampings: Sequence[float]) -> list[Tensor]:
+        """See Curvature."""
+        assert self._product is not None, "load it first"
+        return conjugate_gradients(self._product, slope_QP, dampings, self._iterations, self._tolerance)
+
+
+def product(model: nn.Module, task: Task, parameters: Parameters, sample: Sample, vector_QP: Tensor) -> Tensor:
+    """The Gauss-Newton matrix of a sample times every vector: [Q, P]."""
+    total_QP = sample.sum(
+        lambda batch: Linearised(model, task, parameters, batch).gauss_newton(vector_QP), like=vector_QP
+    )
+    return (total_QP / sample.rows).to(vector_QP.dtype)
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    b_QP: Tensor,
+    dampings: Sequence[float],
+    iterations: int,
+    tolerance: float = 0.0,
+) -> list[Tensor]:
+    """Solve (A + damping I) x = b by conjugate gradients (Hestenes and Stiefel, 1952), each right-hand side by itself.
+
+    Several dampings cost the products of one: all these systems have the same Krylov spaces, and the residual of each is a
+    multiple of that of the least damped (Jegerlehner, hep-lat/9612014).
+
+    Args:
+        product: A times every row of [Q, P]; A symmetric, without negative eigenvalues.
+        b_QP: Right-hand sides.
+        dampings: Above 0.
+        iterations: At most.
+        tolerance: They end when every residual of the least damped is at most this share of its right-hand side.
+
+    Returns:
+        x [Q, P] for each damping.
+    """
+    least = min(dampings)
+    found = [torch.zeros_like(b_QP) for _ in dampings]
+    directions = [b_QP.clone() for _ in dampings]
+    residual_QP, direction_QP = b_QP.clone(), b_QP.clone()
+    first_Q = length_Q = _dot(b_QP, b_QP)
+    one_Q = torch.ones_like(length_Q)
+    before = now = [one_Q for _ in dampings]
+    step_before_Q, turn_Q = one_Q, torch.zeros_like(one_Q)
+    for _ in range(iterations):
+        if (length_Q <= tolerance**2 * first_Q).all():
+            break
+        bent_QP = product(direction_QP) + least * direction_QP
+        step_Q = -_share(length_Q, _dot(direction_QP, bent_QP))
+        after = [
+            _share(
+                here * was * step_before_Q,
+                step_Q * turn_Q * (was - here) + was * step_before_Q * (1 - (damping - least) * step_Q),
+            )
+            for damping, was, here in zip(dampings, before, now, strict=True)
+        ]
+        residual_QP += step_Q.to(b_QP.dtype)[:, None] * bent_QP
+        length_before_Q, length_Q = length_Q, _dot(residual_QP, residual_QP)
+        turn_Q = _share(length_Q, length_before_Q)
+        for i, (here, there) in enumerate(zip(now, after, strict=True)):
+            own_step_Q = step_Q * _share(there, here)
+            found[i] -= own_step_Q.to(b_QP.dtype)[:, None] * directions[i]
+            own_turn_Q = turn_Q * _share(there * own_step_Q, here * step_Q)
+            directions[i] = (
+                there.to(b_QP.dtype)[:, None] * residual_QP + own_turn_Q.to(b_QP.dtype)[:, None] * directions[i]
+            )
+        direction_QP = residual_QP + turn_Q.to(b_QP.dtype)[:, None] * direction_QP
+        before, now, step_before_Q = now, after, step_Q
+    return found
+
+
+def _dot(left_QP: Tensor, right_QP: Tensor) -> Tensor:
+    return (left_QP.double() * right_QP.double()).sum(dim=1)
+
+
+def _share(part_Q: Tensor, whole_Q: Tensor) -> Tensor:
+    """Quotients; 0 where there is nothing to divide by."""
+    return torch.where(whole_Q != 0, part_Q / torch.where(whole_Q != 0, whole_Q, 1.0), 0.0)

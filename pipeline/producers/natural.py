@@ -1,0 +1,117 @@
+"""A small step along the query's gradient, solved against how the corpus's loss bends: loss differences are then influences.
+
+With v = (G + damping I)^-1 grad L(query), a counterpart at theta + eps v has L(i; theta + eps v) - L(i; theta) = eps g_i' (G +
+damping I)^-1 g_t + O(eps^2): the influence function (Koh and Liang, 1703.04730) with the Gauss-Newton matrix, by forward passes.
+
+Shapes: Q queries, P numbers of the chosen parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from ..curvatures import BUILTIN
+from ..curvatures.base import Curvature, Parameters
+from ..errors import NumericsError
+from ..importing import construct
+from ..observe import say
+from ..tasks.base import Batch
+from .base import Fitted, Produced, Setting
+from .damping import choose_damping, dot
+from .stepping import Step, Stepper
+
+HALF_STEP_TOLERANCE = 0.1
+"""By how much twice the scores of half a step may be off from those of the step, relative to them, before that is said."""
+BLOCK_BYTES = 1 << 30
+"""Of vectors that are held to solve for several queries at once."""
+VECTORS_HELD = 8
+"""Per query, alive in a solve; those in float64 count twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Natural:
+    """See SampleProducer; the spec's fields of the same names say what each means."""
+
+    curvature: str
+    damping: float | None
+    iterations: int
+    tolerance: float
+    sample_rows: int
+    step: float | None
+    parameters: str
+    direction: ClassVar[int] = 1
+
+    def fit(self, setting: Setting) -> Fitted:
+        """See SampleProducer: the curvature's own tensors, and the damping.
+
+        Raises:
+            NumericsError: The loss does not bend.
+        """
+        parameters, curvature = Parameters(setting.base, self.parameters), self._curvature()
+        chosen: dict[str, float | str] = {"damping": self.damping} if self.damping else {}
+        chosen = chosen or choose_damping(setting, parameters, curvature)
+        if "damping" not in chosen:
+            raise NumericsError(
+                f"the corpus's loss bends by {chosen['curvature_scale']} along gradients of its rows: no natural step",
+                "is the model certain of all of them, or is the loss a straight line in the model's outputs?",
+            )
+        tensors = curvature.fit(setting.base, setting.task, parameters, setting.everything, setting.seed)
+        return Fitted(tensors, {"curvature": self.curvature, **chosen})
+
+    def produce_all(
+        self, setting: Setting, queries: Mapping[str, Batch], fitted: Fitted
+    ) -> Iterator[tuple[str, Produced]]:
+        """See SampleProducer.
+
+        Raises:
+            NumericsError: A query's gradient vanishes, or is not finite.
+        """
+        parameters, curvature = Parameters(setting.base, self.parameters), self._curvature()
+        curvature.load(setting.base, setting.task, parameters, setting.everything, fitted.tensors)
+        stepper, steps = Stepper(setting.base, setting.task, parameters, setting.probe), {}
+        block = max(1, BLOCK_BYTES // (VECTORS_HELD * parameters.size * 4))
+        query_ids = list(queries)
+        for some in (query_ids[start : start + block] for start in range(0, len(query_ids), block)):
+            slope_QP = torch.stack([setting.slope(parameters, queries[query_id]) for query_id in some])
+            _require_slopes(slope_QP, some)
+            direction_QP = curvature.solve(slope_QP, [float(fitted.details["damping"])])[0]
+            expected_QN = stepper.derivatives(direction_QP)
+            rise_Q = dot(slope_QP, direction_QP).tolist()
+            for query_id, direction_P, slope, expected_N in zip(some, direction_QP, rise_Q, expected_QN, strict=True):
+                steps[query_id] = step = stepper.choose(direction_P, slope, expected_N, self.step)
+                model = copy.deepcopy(stepper.taken(step.length * direction_P))
+                yield query_id, Produced(model, 1, {**fitted.details, **asdict(step)})
+        _warn_of_bends(steps)
+
+    def _curvature(self) -> Curvature:
+        options = {"iterations": self.iterations, "tolerance": self.tolerance}
+        return cast("Curvature", construct(self.curvature, BUILTIN, options, "producer.curvature"))
+
+
+def _require_slopes(slope_QP: Tensor, query_ids: Sequence[str]) -> None:
+    for query_id, length in zip(query_ids, slope_QP.double().norm(dim=1).tolist(), strict=True):
+        if not 0 < length < math.inf:
+            raise NumericsError(
+                f"query {query_id!r}: its gradient has length {length}",
+                "the model is certain of it: no direction leads away"
+                if length == 0
+                else "check its rows and the weights",
+            )
+
+
+def _warn_of_bends(steps: Mapping[str, Step]) -> None:
+    """Say of how many queries half the step does not give half the scores."""
+    bent = {query_id: step for query_id, step in steps.items() if not step.half_step_difference <= HALF_STEP_TOLERANCE}
+    for query_id, step in list(bent.items())[:1]:
+        say(
+            f"warning: for {len(bent)} of {len(steps)} queries half the step gives other than half the scores, by more than "
+            f"{HALF_STEP_TOLERANCE:.0%}: first {query_id!r}, by {step.half_step_difference:.0%} at a step of "
+            f"{step.rise_nats:g} nats; a finer model.dtype, or another producer.step, may help"
+        )

@@ -1,0 +1,78 @@
+"""A random sample of the corpus, for producers that look at more than their query."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .artifacts import Run
+from .corpus import Corpus
+from .errors import InputError
+from .extensions import prepared
+
+if TYPE_CHECKING:
+    from .batches import Inputs
+    from .tasks.base import Task
+
+MAX_SHARDS = 32
+"""Shards that rows are drawn from: of a corpus of any size only so many files are read."""
+
+
+PROBE_ROWS = 64
+"""Rows of the probe, at most; of a small sample an eighth."""
+HELD_OUT = 0.2
+"""Share of the sample that is held out."""
+SMALL = 16
+"""Of a sample under so many rows every part is all of it."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample in three parts that share no row (of a very small one, each is all of it), as the task's model takes them."""
+
+    probe: Inputs
+    held_out: Inputs
+    rest: Inputs
+
+
+def draw_sample(run: Run, task: Task, rows: int) -> Drawn:
+    """Rows drawn at random, in random order: the same at every worker and every start.
+
+    They are drawn from the corpus as it was first frozen; what cannot be scored is left out.
+
+    Raises:
+        InputError: No row that was drawn can be scored, or a file cannot be read.
+    """
+    shards = run.shards[: run.additions[0].stop_shard]
+    rows_S = np.array([shard.rows for shard in shards])
+    chance = np.random.default_rng(
+        int.from_bytes(hashlib.sha256(f"{run.spec.seed}/sample".encode()).digest()[:7], "big")
+    )
+    picked = np.arange(len(shards))
+    if rows < rows_S.sum() and len(shards) > MAX_SHARDS:
+        picked = np.sort(chance.choice(len(shards), MAX_SHARDS, replace=False, p=rows_S / rows_S.sum()))
+    corpus = Corpus(run.spec.corpus)
+    drawn_M = np.sort(chance.permutation(rows_S[picked].sum())[:rows])
+    starts = np.concatenate([[0], np.cumsum(rows_S[picked])])
+    parts = []
+    for number, start, stop in zip(picked, starts, starts[1:], strict=False):
+        shard = shards[int(number)]
+        wanted = drawn_M[(drawn_M >= start) & (drawn_M < stop)] - start + shard.row_start
+        if len(wanted):
+            examples = corpus.read(shard, run.columns)
+            kept_N = np.isin(examples.row_N, wanted)
+            parts.append({name: array[kept_N] for name, array in examples.arrays.items()})
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order_M = chance.permutation(len(next(iter(arrays.values()))))
+    probe, held_out = min(PROBE_ROWS, len(order_M) // 8), int(HELD_OUT * len(order_M))
+    cuts = np.split(order_M, [probe, probe + held_out]) if len(order_M) >= SMALL else [order_M] * 3
+    drawn = Drawn(*(prepared(task, {name: array[cut_M] for name, array in arrays.items()}) for cut_M in cuts))
+    if not (drawn.probe.items and drawn.held_out.items and drawn.rest.items):
+        raise InputError(
+            f"{run.spec.corpus.uri}: of {len(drawn_M):,} rows drawn at random too few can be scored",
+            "is task right for this corpus? Or raise producer.sample_rows",
+        )
+    return drawn

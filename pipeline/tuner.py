@@ -1,0 +1,260 @@
+"""What a worker of stage tune does with a query, without Ray: tune, check, commit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, cast
+
+from .artifacts import Run
+from .errors import ContractError, NumericsError, PipelineError
+from .extensions import load_model, load_producer, load_task, sample_rows
+from .importing import user_code
+from .queries import query_inputs
+from .sample import draw_sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from .batches import Inputs
+    from .producers.base import Fitted, Produced, Producer, SampleProducer, Setting
+    from .tasks.base import Batch, Task
+
+SHARE_OF_TOKENS = 4
+"""A curvature holds all logits of a batch of texts, and more: its batches are smaller than those that are scored, by so much."""
+
+
+class Tuner:
+    """Makes counterparts of one run; what a worker does, without Ray.
+
+    Args:
+        run: The frozen run.
+        device: torch device. With `resources.tune.shard`, in a group of workers, the base stays on the CPU.
+
+    Raises:
+        SpecError, InputError, ContractError: Model, task or producer cannot be made.
+    """
+
+    def __init__(self, run: Run, device: str) -> None:
+        import torch.distributed as dist
+
+        self._run = run
+        self._task: Task = load_task(run.spec.task)
+        self._producer: Producer = load_producer(run.spec.producer)
+        self._shared = run.spec.resources.tune.shard and dist.is_initialized()
+        self._base: nn.Module = load_model(run.spec.model, "cpu" if self._shared else device, run.spec.seed)
+        self._base_versions = _tensor_versions(self._base)
+        self._queries = query_inputs(run.queries, run.columns, self._task) if run.spec.queries else {}
+        self._device = device
+        self._sample_rows = sample_rows(self._producer)
+
+    @property
+    def is_together(self) -> bool:
+        """Whether all workers make every counterpart together."""
+        return self._shared or bool(self._sample_rows)
+
+    def tune_all(self, query_ids: Sequence[str]) -> list[PipelineError]:
+        """Make and commit counterparts; what stood in the way of single ones, so that one bad query does not stop the others.
+
+        Raises:
+            PipelineError: What may pass at another try.
+        """
+        if self._sample_rows:
+            try:
+                self._tune_with_sample(query_ids)
+            except PipelineError as error:
+                return unless_retryable(error)
+            return []
+        failures = []
+        for query_id in query_ids:
+            try:
+                self.tune(query_id)
+            except PipelineError as error:
+                failures += unless_retryable(error)
+        return failures
+
+    def tune(self, query_id: str) -> None:
+        """Make and commit the counterpart of one query.
+
+        Raises:
+            ContractError: Model, task or producer failed on it, or the base model was changed.
+            NumericsError: The query's loss before or after is not finite, or steps moved nothing.
+        """
+        import torch
+
+        if self._sample_rows:
+            return self._tune_with_sample([query_id])
+        started_s = time.monotonic()
+        query = self._batch(query_id)
+        seed = query_seed(self._run.spec.seed, query_id)
+        with self._about(query_id), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            produced = self._produce(query, seed)
+        if produced is not None:
+            self._commit(query_id, query, seed, produced, time.monotonic() - started_s)
+        return None
+
+    def _tune_with_sample(self, query_ids: Sequence[str]) -> None:
+        """Make and commit counterparts by a producer that looks at the corpus, together with the other workers."""
+        import torch
+        import torch.distributed as dist
+
+        from .producers.base import SampleProducer
+
+        producer = cast(SampleProducer, self._producer)
+        queries = {query_id: self._batch(query_id) for query_id in query_ids}
+        seed = query_seed(self._run.spec.seed, "")
+        started_s = time.monotonic()
+        with self._about(f"{len(queries)} queries"), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            setting = self._setting(seed)
+            made = producer.produce_all(setting, queries, self._fitted(producer, setting))
+            for query_id, produced in made:
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    seconds = time.monotonic() - started_s
+                    self._commit(query_id, queries[query_id], seed, produced, seconds)
+                started_s = time.monotonic()
+
+    def _commit(self, query_id: str, query: Batch, seed: int, produced: Produced, seconds: float) -> None:
+        """Check and commit a counterpart. Raises as `tune` does."""
+        from . import changes
+
+        with self._about(query_id):
+            before = self._query_loss(self._base, query)
+            after = self._query_loss(produced.model.eval(), query)
+        changed = changes.between(self._base, produced.model, produced.factors)
+        if (
+            _tensor_versions(self._base) != self._base_versions
+        ):  # by this query or an earlier one: all that follow are void
+            raise ContractError(
+                f"producer {self._run.spec.producer.implementation} changed the base model; it must tune a copy"
+            )
+        meta = {
+            "producer": self._run.spec.producer.model_dump(mode="json"),
+            "direction": self._producer.direction,
+            "seed": seed,
+            "query_rows": len(next(iter(query.values()), ())),
+            "steps": produced.steps,
+            "query_loss_before_nats": before,
+            "query_loss_after_nats": after,
+            "change_norm": math.sqrt(sum(norm**2 for _, norm in changed.values())),
+            "changed": {name: list(change.shape) for name, (change, _) in changed.items()},
+            "details": produced.details,
+            "seconds": round(seconds, 3),
+        }
+        for when, loss in (("before", before), ("after", after)):
+            if loss is not None and not math.isfinite(loss):
+                raise NumericsError(
+                    f"query {query_id!r}: its loss {when} tuning is {loss}",
+                    "lower producer.lr or producer.steps"
+                    if when == "after"
+                    else "check the query's rows and the weights",
+                )
+        if produced.steps and not changed:
+            raise NumericsError(
+                f"query {query_id!r}: {produced.steps} steps moved no weight",
+                "raise producer.lr, or use a finer model.dtype",
+            )
+        data = changes.to_bytes({name: change for name, (change, _) in changed.items()})
+        self._run.commit_counterpart(query_id, data, meta)
+
+    def _about(self, query_id: str) -> AbstractContextManager[None]:
+        """Around what model, task and producer do with a query."""
+        return user_code(f"query {query_id!r}: {self._run.spec.producer.implementation}")
+
+    def _setting(self, seed: int) -> Setting:
+        """The sample as the producer sees it."""
+        import torch.distributed as dist
+
+        from .curvatures.base import Sample
+        from .producers.base import Setting
+
+        rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        drawn = draw_sample(self._run, self._task, self._sample_rows)
+        probe, held_out, rest = (self._batches(part) for part in (drawn.probe, drawn.held_out, drawn.rest))
+        mine = [
+            Sample(batches[rank::workers], part.items)
+            for batches, part in ((probe, drawn.probe), (held_out, drawn.held_out), (rest, drawn.rest))
+        ]
+        rows = sum(shard.rows for shard in self._run.shards[: self._run.additions[0].stop_shard])
+        return Setting(self._base, self._task, mine[2], mine[1], probe, mine[0] + mine[1] + mine[2], rows, seed)
+
+    def _batches(self, inputs: Inputs) -> list[Batch]:
+        """All of some rows, as the curvature takes them."""
+        section = self._run.spec.score
+        return [
+            self._tensors({name: array[: len(batch.item_B)] for name, array in batch.arrays.items()})
+            for batch in inputs.batches(section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS)
+        ]
+
+    def _fitted(self, producer: SampleProducer, setting: Setting) -> Fitted:
+        """What the producer finds out about the corpus: once for a run, and for whatever is added to it."""
+        import torch.distributed as dist
+        from safetensors.torch import load, save
+
+        from .producers.base import Fitted
+
+        found = [self._run.fitted()]
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if several:  # all see what the first one sees
+            dist.broadcast_object_list(found)
+        if found[0] is not None:
+            data, details = found[0]
+            return Fitted({name: tensor.to(self._device) for name, tensor in load(data).items()}, details)
+        fitted = producer.fit(setting)
+        if not several or dist.get_rank() == 0:
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in fitted.tensors.items()}
+            self._run.commit_fitted(save(tensors), fitted.details)
+        return fitted
+
+    def _produce(self, query: Batch, seed: int) -> Produced | None:
+        """The producer's counterpart; null at workers that only helped with one that all make together."""
+        from .producers import sharding
+
+        if not self._shared:
+            return self._producer.produce(self._base, self._task, query, seed)
+        there = {name: value.to(self._device) for name, value in query.items()}
+        with sharding.over_workers(self._device):
+            produced = self._producer.produce(self._base, self._task, there, seed)
+            return produced if sharding.is_first() else None
+
+    def _batch(self, query_id: str) -> Batch:
+        return self._tensors(self._queries[query_id].whole() if query_id in self._queries else {})
+
+    def _tensors(self, arrays: Mapping[str, np.ndarray]) -> Batch:
+        import torch
+
+        dtype = next((p.dtype for p in self._base.parameters() if p.is_floating_point()), torch.float32)
+        device = "cpu" if self._shared else self._device
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+    def _query_loss(self, model: nn.Module, query: Batch) -> float | None:
+        """Mean loss of a query's rows; null without one."""
+        import torch
+
+        if not query:
+            return None
+        with torch.no_grad():
+            return float(self._task.loss_B(model, query).double().mean())
+
+
+def query_seed(seed: int, query_id: str) -> int:
+    """Seed of one query, from the spec's seed and its id alone: the same on any worker, in any order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{query_id}".encode()).digest()[:7], "big")
+
+
+def _tensor_versions(model: nn.Module) -> list[int]:
+    """The counts of in-place changes that torch keeps of every parameter and buffer."""
+    return [tensor._version for tensor in model.state_dict(keep_vars=True).values()]
+
+
+def unless_retryable(error: PipelineError) -> list[PipelineError]:
+    """An error to hand home, or raised on for Ray Train to start the workers again."""
+    if error.retryable:
+        raise error
+    return [error]
