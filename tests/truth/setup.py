@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jobs.digits import cnn, load_digits
+from jobs.digits import cnn, load_digits, mlp
 from pipeline import changes
 from pipeline.batches import Arrays
 from pipeline.engine import LossEngine
@@ -24,12 +24,6 @@ from pipeline.tuner import query_seed
 TRAIN_ROWS = 1000
 BATCH_ROWS = 256
 TASK = Classification("pixels", "label", [1, 8, 8])
-
-
-def mlp() -> nn.Module:
-    """64-64-32-10 with ReLU."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
 
 MODELS = {"mlp": mlp, "cnn": cnn}
 
