@@ -27,8 +27,8 @@ from .base import Fitted, Produced, Setting
 from .damping import choose_damping, dot
 from .stepping import Step, Stepper
 
-HALF_STEP_TOLERANCE = 0.1
-"""By how much twice the scores of half a step may be off from those of the step, relative to them, before that is said."""
+TOLERANCE = 0.1
+"""By how much loss differences may be off from what a straight line gives, relative to that, before it is said."""
 BLOCK_BYTES = 1 << 30
 """Of vectors that are held to solve for several queries at once."""
 VECTORS_HELD = 8
@@ -107,11 +107,12 @@ def _require_slopes(slope_QP: Tensor, query_ids: Sequence[str]) -> None:
 
 
 def _warn_of_bends(steps: Mapping[str, Step]) -> None:
-    """Say of how many queries half the step does not give half the scores."""
-    bent = {query_id: step for query_id, step in steps.items() if not step.half_step_difference <= HALF_STEP_TOLERANCE}
+    """Say of how many queries the loss differences are not proportional to the step."""
+    bent = {query_id: step for query_id, step in steps.items() if not step.error <= TOLERANCE}
     for query_id, step in list(bent.items())[:1]:
         say(
-            f"warning: for {len(bent)} of {len(steps)} queries half the step gives other than half the scores, by more than "
-            f"{HALF_STEP_TOLERANCE:.0%}: first {query_id!r}, by {step.half_step_difference:.0%} at a step of "
-            f"{step.rise_nats:g} nats; a finer model.dtype, or another producer.step, may help"
+            f"warning: of {len(bent)} of {len(steps)} queries the loss differences are off by more than {TOLERANCE:.0%}: "
+            f"first {query_id!r}, at a step of {step.rise_nats:g} nats, by {step.linear_error:.0%} from their exact "
+            f"derivatives; half the step gives half of them to {step.half_step_difference:.0%}. Rounding, if short steps were "
+            "tried too: a finer model.dtype or a higher task.temperature helps"
         )

@@ -43,6 +43,11 @@ class Step:
     linear_error: float
     half_step_difference: float
 
+    @property
+    def error(self) -> float:
+        """The larger of the two: far out a loss may rise in proportion again, but not as its derivative says."""
+        return max(self.linear_error, self.half_step_difference)
+
 
 class Stepper:
     """Chooses steps, and takes them.
