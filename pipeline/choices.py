@@ -90,9 +90,10 @@ class ClassificationTask(Extension):
     """Per-channel mean that is subtracted before the model; empty for none."""
     std: list[Annotated[float, Field(gt=0)]] = []
     """Per-channel standard deviation to divide by; empty for none."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Logits are divided by it before any loss. Above 1 the model counts as less certain: what it has fitted to zero loss
-    gets a loss again, and gradients that say something. On digits 2 gives far truer scores than 1."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """Logits are divided by it before any loss. Above 1 the model counts as less certain than it says: examples that it has
+    fitted to zero loss have one again, and gradients that tell them apart. Null: 2, which gives far truer scores on digits; 1
+    with `preset: paper`, and whenever models are trained anew."""
 
     @model_validator(mode="after")
     def _fits_shape(self) -> ClassificationTask:

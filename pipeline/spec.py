@@ -6,15 +6,18 @@ endpoints only; they never appear here.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .choices import ModelSection, ProducerSection, TaskSection
 from .producer_choices import Unlearn
 from .records import Transform
 from .sections import Section, Uri
 
+TEMPERATURE, RELEASED_TEMPERATURE = 2.0, 1.0
+"""Of classification where none is given: what was judged best, and that of the released recipe."""
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _NotNegative = Annotated[float, Field(ge=0)]
@@ -160,7 +163,7 @@ class Spec(Section):
     queries: QueriesSection | None = None
     """What is asked about. Null with producers that tune on nothing (reference, mask_heads): they have one counterpart."""
     producer: ProducerSection = Unlearn()
-    """How a counterpart is made from the base model and a query."""
+    """How a counterpart is made from the base model and a query. Left out: `natural` for classification, else `unlearn`."""
     score: ScoreSection = ScoreSection()
     """How the corpus is cut up and run through the models."""
     rank: RankSection = RankSection()
@@ -171,3 +174,16 @@ class Spec(Section):
     """Every random number derives from it (and from the query's id)."""
     resolved: Resolved | None = None
     """Written by the pipeline into run.yaml; leave it out of a spec of your own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judged_best(cls, data: Any) -> Any:
+        """What is left out becomes what was judged best for the task (decision 12)."""
+        task = data.get("task") if isinstance(data, Mapping) else None
+        if not isinstance(task, Mapping) or task.get("name", "classification") != "classification":
+            return data
+        producer = data.get("producer") or {"name": "natural"}
+        released = isinstance(producer, Mapping) and producer.get("preset") == "paper"
+        if task.get("temperature") is None:
+            task = {**task, "temperature": RELEASED_TEMPERATURE if released else TEMPERATURE}
+        return {**data, "producer": producer, "task": task}

@@ -25,7 +25,7 @@ class Classification:
         shape: Shape of one input.
         mean: Per-channel mean to subtract; empty for none.
         std: Per-channel standard deviation to divide by; empty for none.
-        temperature: Logits are divided by it.
+        temperature: Logits are divided by it; null for 1.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class Classification:
         shape: Sequence[int],
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
-        temperature: float = 1.0,
+        temperature: float | None = None,
     ) -> None:
         self._features = (features,) if isinstance(features, str) else tuple(features)
         self._label = label
         self._shape = tuple(shape)
-        self._mean, self._std, self._temperature = tuple(mean), tuple(std), temperature
+        self._mean, self._std, self._temperature = tuple(mean), tuple(std), temperature or 1.0
 
     def columns(self) -> list[Column]:
         """See Task."""

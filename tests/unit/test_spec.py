@@ -28,9 +28,21 @@ def parse(*overrides, **sections):
 
 
 def test_a_minimal_spec_has_working_defaults():
-    """Five sections are enough; the producer is unlearn and the transform signed."""
+    """Five sections are enough; the producer is natural, the temperature 2 and the transform signed."""
     spec = parse()
-    assert ("unlearn", "signed", 0) == (spec.producer.name, spec.rank.transform, spec.seed)
+    assert ("natural", 2, "signed", 0) == (spec.producer.name, spec.task.temperature, spec.rank.transform, spec.seed)
+
+
+def test_the_released_recipe_is_one_word_away():
+    """`preset: paper` brings its temperature along, unless another is given."""
+    assert ("unlearn", 1) == ((spec := parse(producer={"preset": "paper"})).producer.name, spec.task.temperature)
+    assert 3 == parse("task.temperature=3", producer={"preset": "paper"}).task.temperature
+
+
+def test_language_models_are_unlearned_by_default():
+    """What was judged best on images is not taken over for texts."""
+    spec = parse(task={"name": "causal_lm", "tokens": "ids"})
+    assert "unlearn" == spec.producer.name
 
 
 def test_unknown_keys_name_the_nearest_known_one():
