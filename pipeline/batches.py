@@ -99,6 +99,10 @@ class Inputs(Protocol):
         """Losses of items [..., S] as losses of examples [..., N]."""
         ...
 
+    def rows(self, items: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Some of them as one batch, in this order."""
+        ...
+
     def whole(self) -> Mapping[str, np.ndarray]:
         """All of them as one batch."""
         ...
@@ -132,6 +136,10 @@ class Arrays:
     def of_examples(self, losses_S: np.ndarray) -> np.ndarray:
         """See Inputs: they are the examples."""
         return losses_S
+
+    def rows(self, items: np.ndarray) -> Mapping[str, np.ndarray]:
+        """See Inputs."""
+        return {name: array[items] for name, array in self.columns.items()}
 
     def whole(self) -> Mapping[str, np.ndarray]:
         """See Inputs."""
@@ -197,6 +205,10 @@ class Sequences:
             return np.add.reduceat(losses_S, self._first_N, axis=-1)
         return np.add.reduceat(losses_S * self.tokens_S, self._first_N, axis=-1) / self.num_tokens_N
 
+    def rows(self, items: np.ndarray) -> Mapping[str, np.ndarray]:
+        """See Inputs."""
+        return {name: ragged.padded(items) for name, ragged in self.columns.items()}
+
     def whole(self) -> Mapping[str, np.ndarray]:
         """See Inputs."""
-        return {name: ragged.padded(np.arange(self.items)) for name, ragged in self.columns.items()}
+        return self.rows(np.arange(self.items))

@@ -53,10 +53,7 @@ class Folder:
             raise ArtifactError(
                 f"{self.uri(*parts)} is not what its commit says: got sha256 {got}, expected {sha256}", hint
             )
-        try:
-            return pq.ParquetFile(io.BytesIO(data)).read()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ArtifactError(f"{self.uri(*parts)} is damaged: {error}") from error
+        return table_of(data, self.uri(*parts))
 
     def write(self, data: bytes, *parts: str) -> Written:
         """Write an object whole; its size and digest, for a commit."""
@@ -84,6 +81,14 @@ def parallel(action: Any, items: Sequence[_Item]) -> list[Any]:
     """An I/O-bound action over items, in order, in threads."""
     with ThreadPoolExecutor(READING_THREADS) as pool:
         return list(pool.map(action, items))
+
+
+def table_of(data: bytes, origin: str) -> pa.Table:
+    """The table of a Parquet file's bytes; `origin` names it. Raises ArtifactError if it is damaged."""
+    try:
+        return pq.ParquetFile(io.BytesIO(data)).read()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ArtifactError(f"{origin} is damaged: {error}") from error
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

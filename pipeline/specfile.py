@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,8 +13,11 @@ from pydantic_core import ErrorDetails
 from . import storage
 from .choices import HfTransformers, LanguageTask
 from .errors import InputError, SpecError
+from .judge import Judge
 from .sections import Section, unknown_word
 from .spec import Spec
+
+_Tree = TypeVar("_Tree", bound=Section)
 
 
 def load_spec(uri: str, overrides: Sequence[str] = ()) -> Spec:
@@ -28,27 +31,39 @@ def load_spec(uri: str, overrides: Sequence[str] = ()) -> Spec:
         SpecError: The file is missing or not YAML, an override is malformed, or the tree is wrong; every problem is
             named with its path.
     """
+    return parse_spec(_read_tree(uri), overrides, origin=uri)
+
+
+def load_judge(uri: str, overrides: Sequence[str] = ()) -> Judge:
+    """Read what is to be judged, and how. Raises SpecError as `load_spec` does."""
+    return parse_tree(Judge, _read_tree(uri), overrides, origin=uri)
+
+
+def _read_tree(uri: str) -> Any:
     try:
-        tree = yaml.safe_load(storage.read_bytes(uri))
+        return yaml.safe_load(storage.read_bytes(uri))
     except InputError as error:
         raise SpecError(f"spec {error.message}") from error
     except yaml.YAMLError as error:
         raise SpecError(f"spec {uri} is not YAML: {error}") from error
-    return parse_spec(tree, overrides, origin=uri)
 
 
 def parse_spec(tree: Any, overrides: Sequence[str] = (), origin: str = "spec") -> Spec:
     """A parsed YAML tree as a Spec; `origin` names it in messages. Raises SpecError as `load_spec` does."""
+    return _with_tokenizer(parse_tree(Spec, tree, overrides, origin))
+
+
+def parse_tree(kind: type[_Tree], tree: Any, overrides: Sequence[str] = (), origin: str = "spec") -> _Tree:
+    """A parsed YAML tree as a tree of sections. Raises SpecError as `load_spec` does."""
     if not isinstance(tree, dict):
-        raise SpecError(
-            f"{origin}: got {type(tree).__name__}, expected a mapping with run, model, task, corpus, queries"
-        )
+        expected = ", ".join(name for name in kind.model_fields if name != "resolved")
+        raise SpecError(f"{origin}: got {type(tree).__name__}, expected a mapping with {expected}")
     for override in overrides:
         _override(tree, override)
     try:
-        return _with_tokenizer(Spec.model_validate(tree))
+        return kind.model_validate(tree)
     except ValidationError as error:
-        problems = [_problem(details) for details in error.errors(include_url=False)]
+        problems = [_problem(kind, details) for details in error.errors(include_url=False)]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise SpecError(f"{origin}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)) from error
 
@@ -88,9 +103,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _problem(details: ErrorDetails) -> str:
+def _problem(kind: type[Section], details: ErrorDetails) -> str:
     """One pydantic error as `path: what (got ...)`."""
-    section, path = _walk(details["loc"])
+    section, path = _walk(kind, details["loc"])
     dotted = ".".join(path)
     match details["type"]:
         case "extra_forbidden":
@@ -100,13 +115,13 @@ def _problem(details: ErrorDetails) -> str:
         case "model_type" | "model_attributes_type":
             return f"{dotted}: got {details['input']!r}, expected a mapping, as in {{name: ...}}"
         case "value_error":
-            return f"{dotted}: {details['ctx']['error']}"
+            return f"{dotted}: {details['ctx']['error']}".removeprefix(": ")
     return f"{dotted}: {details['msg'][0].lower()}{details['msg'][1:]} (got {details['input']!r})"
 
 
-def _walk(loc: Sequence[str | int]) -> tuple[type[Section] | None, list[str]]:
+def _walk(kind: type[Section], loc: Sequence[str | int]) -> tuple[type[Section] | None, list[str]]:
     """The section that holds the last element of a pydantic location, and the location without union tags."""
-    section: type[Section] | None = Spec
+    section: type[Section] | None = kind
     path: list[str] = []
     position = 0
     while position < len(loc):
