@@ -224,6 +224,19 @@ def show(
 
 
 @app.command()
+def evaluate(spec: SpecArgument, set_: SetOption = None) -> None:
+    """Judge finished runs, and scores of other tools: LDS by retraining, retrieval of known truths, wrong labels found."""
+    from pipeline import storage
+    from pipeline.specfile import load_judge
+    from pipeline.verdict import judged
+
+    from . import display
+
+    judge = load_judge(spec, set_ or ())
+    display.show_judgements(judged(judge), storage.absolute(judge.judge.uri))
+
+
+@app.command()
 def fields(
     section: Annotated[str | None, typer.Argument(help="A section of the spec, as in `producer`.")] = None,
 ) -> None:

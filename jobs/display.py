@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +16,9 @@ from pipeline.errors import InputError, SpecError
 from pipeline.plan import Plan
 from pipeline.publish import Published
 from pipeline.report import number_columns, of, plain_payload
+
+if TYPE_CHECKING:
+    from pipeline.verdict import Judgement
 
 SHOWN = 3
 ORPHANS_SHOWN = 20
@@ -206,6 +209,19 @@ def _state(done: int, total: int) -> str:
     if done == total:
         return "done"
     return f"{done / total:.0%}" if done else "not yet"
+
+
+def show_judgements(found: Sequence[Judgement], uri: str) -> None:
+    """A table per judgement, and where the files are."""
+    out = console()
+    for judgement in found:
+        table = Table(title=judgement.title, title_justify="left")
+        for name in judgement.rows[0]:
+            table.add_column(name, justify="left" if name in ("method", "transform") else "right")
+        for row in judgement.rows:
+            table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        out.print(table)
+    show_place("tables, figures", f"{uri}/report")
 
 
 def show_fields(section: str | None) -> None:

@@ -87,7 +87,7 @@ class _Places:
         at_M = np.minimum(np.searchsorted(self._sorted_N, wanted_M), len(self._sorted_N) - 1)
         strange_M = self._sorted_N[at_M] != wanted_M
         if strange_M.any():
-            raise InputError(f"scores of example {wanted_M[strange_M][0]!r}, which the corpus does not have")
+            raise InputError(f"scores of example {str(wanted_M[strange_M][0])!r}, which the corpus does not have")
         return self._order_N[at_M]
 
 
@@ -98,6 +98,6 @@ def _require_all(origin: str, score_QN: np.ndarray, query_ids: Sequence[str], id
         q, n = bad[0]
         raise InputError(
             f"{origin}: {len(bad):,} of {score_QN.size:,} pairs have no finite score, first query {query_ids[q]!r} and "
-            f"example {id_N[n]!r}",
+            f"example {str(id_N[n])!r}",
             "a method is judged on all examples of the corpus and all queries of the first run",
         )

@@ -21,8 +21,9 @@ import pyarrow as pa
 
 from . import storage
 from .artifacts import Run
+from .attempts import Worker, start_attempts
 from .cluster import Watchdog, connected, errors_of, require, room
-from .errors import ArtifactError, PipelineError
+from .errors import ArtifactError, ClusterError, PipelineError
 from .folder import parallel, parquet_bytes, table_of
 from .frozen import open_run
 from .judge import Judge, LdsSection
@@ -124,7 +125,7 @@ def retrain(retrainings: Retrainings) -> None:
     missing = retrainings.missing()
     if not missing:
         return
-    progress = Progress("retrain", len(retrainings.keys()), "models", done=len(retrainings.keys()) - len(missing))
+    progress = Progress("train", len(retrainings.keys()), "models", done=len(retrainings.keys()) - len(missing))
     watchdog = Watchdog("retrain")
     ended = closing(_rows(retrainings, missing))  # an error here ends the actors too
     with connected(retrainings.judge.resources), errors_of("retrain"), watchdog.watching(), progress, ended as rows:
@@ -148,23 +149,29 @@ def _rows(retrainings: Retrainings, missing: Sequence[_Key]) -> Generator[dict[s
     items = [{"part": part, "again": again} for part, again in missing]
     trained = ray.data.from_items(items, override_num_blocks=min(len(items), 32 * actors)).map_batches(
         Retrain,
-        fn_constructor_kwargs={"judge": retrainings.judge, "run_uri": retrainings.run.uri()},
+        fn_constructor_kwargs={
+            "judge": retrainings.judge,
+            "run_uri": retrainings.run.uri(),
+            "attempts": start_attempts(),
+        },  # fmt: skip
         batch_size=1,
         compute=ActorPoolStrategy(size=actors),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
-        max_restarts=resources.max_failures,
-        max_task_retries=resources.max_failures,
     )
     yield from trained.iter_rows()
 
 
 class Retrain:
-    """The Ray Data actor: a Retrainer behind the shape that `map_batches` calls."""
+    """The Ray Data actor: a Retrainer behind the shape that `map_batches` calls.
 
-    def __init__(self, judge: Judge, run_uri: str) -> None:
+    Ray restarts it and gives it its retrainings again for ever; what is bounded is how often one may take its actor with it.
+    """
+
+    def __init__(self, judge: Judge, run_uri: str, attempts: Any) -> None:
         import torch
 
+        self._worker, self._max_failures = Worker(attempts), judge.resources.score.max_failures
         self._error: PipelineError | None = None
         try:
             resources = judge.resources.score
@@ -185,7 +192,11 @@ class Retrain:
         try:
             if self._error is not None:
                 raise self._error
-            self._retrainings.do(self._retrainer, key)
+            name = self._retrainings.name(key)
+            with self._worker.attempt(name) as number:
+                if number > self._max_failures + 1:
+                    raise ClusterError(f"{number - 1} workers died on {name}", "is there enough memory for training?")
+                self._retrainings.do(self._retrainer, key)
         except PipelineError as error:  # of an error that is raised Ray Data brings only the text home
             return pickle.dumps(error)
         return b""
