@@ -153,7 +153,7 @@ def _rows(retrainings: Retrainings, missing: Sequence[_Key]) -> Generator[dict[s
             "judge": retrainings.judge,
             "run_uri": retrainings.run.uri(),
             "attempts": start_attempts(),
-        },  # fmt: skip
+        },
         batch_size=1,
         compute=ActorPoolStrategy(size=actors),
         num_cpus=resources.cpus,

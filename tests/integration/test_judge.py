@@ -223,7 +223,7 @@ def test_wrong_labels_that_the_corpus_does_not_have_are_refused(judge, tmp_path)
 
 def test_training_that_diverges_is_a_numerics_error(judge):
     """With what to do about it."""
-    spec = judge(training={"lr": 1e40, "epochs": 2})
+    spec = judge(training={"lr": 1e20, "weight_decay": 1e20})
     retrainer = Retrainer(open_run(spec.runs["ours"]), spec.training, "cpu")
     with one_thread(), pytest.raises(NumericsError, match=r"not finite.*lower training\.lr"):
         retrainer.query_losses(np.ones(len(retrainer.id_N), bool), seed=0)
@@ -252,7 +252,7 @@ def test_workers_train_what_one_process_trains(judge, ray_cluster, tmp_path):
 @pytest.mark.ray
 def test_errors_of_workers_come_home(judge, ray_cluster):
     """As they were, with what is done kept."""
-    spec = judge(training={"lr": 1e40, "epochs": 2})
+    spec = judge(training={"lr": 1e20, "weight_decay": 1e20})
     with pytest.raises(NumericsError, match=r"lower training\.lr"):
         retrain(Retrainings(spec, open_run(spec.runs["ours"]), spec.lds))
 
