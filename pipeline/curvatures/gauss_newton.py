@@ -71,7 +71,7 @@ def conjugate_gradients(
         b_QP: Right-hand sides.
         dampings: Above 0.
         iterations: At most.
-        tolerance: They end when every residual of the least damped is at most this share of its right-hand side.
+        tolerance: A right-hand side is done when the residual of the least damped is at most this share of it.
 
     Returns:
         x [Q, P] for each damping.
@@ -85,10 +85,12 @@ def conjugate_gradients(
     before = now = [one_Q for _ in dampings]
     step_before_Q, turn_Q = one_Q, torch.zeros_like(one_Q)
     for _ in range(iterations):
-        if (length_Q <= tolerance**2 * first_Q).all():
+        active_Q = length_Q > tolerance**2 * first_Q  # one that is done stays as it is, whatever is solved beside it
+        if not active_Q.any():
             break
-        bent_QP = product(direction_QP) + least * direction_QP
-        step_Q = -_share(length_Q, _dot(direction_QP, bent_QP))
+        bent_QP = torch.zeros_like(b_QP)
+        bent_QP[active_Q] = product(direction_QP[active_Q]) + least * direction_QP[active_Q]
+        step_Q = -_share(length_Q * active_Q, _dot(direction_QP, bent_QP))
         after = [
             _share(
                 here * was * step_before_Q,

@@ -252,16 +252,16 @@ def test_only_parameters_that_match_are_moved():
 
 
 def test_several_queries_get_what_each_gets_alone():
-    """A block of queries solves each by itself."""
-    model, batch = made(perceptron)
-    setting, producer = setting_of(model, batch), natural(tolerance=1e-12)
+    """To the bit, though some are solved in fewer iterations: a retry of one query must not give another counterpart."""
+    model, batch = made(perceptron, torch.float32)
+    setting, producer = setting_of(model, batch), natural(tolerance=0.05)
     fitted = producer.fit(setting)
-    queries = {str(row): query_of(batch, row) for row in range(3)}
+    queries = {str(row): query_of(batch, row) for row in range(8)}
     together = dict(producer.produce_all(setting, queries, fitted))
     for query_id, query in queries.items():
         ((_, alone),) = producer.produce_all(setting, {query_id: query}, fitted)
         for one, other in zip(alone.model.parameters(), together[query_id].model.parameters(), strict=True):
-            assert torch.allclose(one, other, rtol=1e-7, atol=1e-10)
+            assert torch.equal(one, other)
 
 
 def test_the_damping_chosen_is_the_cheapest_on_held_out_rows():
