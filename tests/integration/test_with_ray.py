@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import yaml
 
 from pipeline import score
@@ -45,6 +46,19 @@ def test_other_workers_and_waves_give_the_same_scores(make_spec, ray_cluster, mo
     run = attribute(tuned(make_spec("score.shard_rows=32", "resources.score.actors=3")))
     assert read_scores(whole).equals(read_scores(run))
     assert 1 == capsys.readouterr().err.count("score 5/5 shards  100%")
+
+
+def test_natural_steps_do_not_depend_on_the_workers(make_spec, ray_cluster):
+    """Two workers, each with half of the sample, fit and solve together what one process does alone."""
+    natural = ("producer={name: natural, damping: 0.01}", "score.batch_rows=16")
+    alone = run_without_ray(make_spec(*natural, name="alone"))
+    together = run_stage(make_spec(*natural, "resources.tune.workers=2"), "tune")
+    assert Path(together.uri("fitted", "meta.json")).exists()
+    for query_id in alone.query_ids:
+        one, two = (safetensors.torch.load(run.counterpart_tensors(query_id)) for run in (alone, together))
+        moved = alone.counterpart_meta(query_id)["change_norm"]
+        apart = sum(float((tensor - two[name]).double().pow(2).sum()) for name, tensor in one.items()) ** 0.5
+        assert apart <= 1e-4 * moved
 
 
 def test_stages_run_apart(make_spec, ray_cluster):
