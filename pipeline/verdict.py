@@ -119,11 +119,11 @@ def _lds(case: _Case) -> Judgement:
     section = case.judge.lds
     title = (
         f"Linear datamodelling score: {section.subsets} subsets of {section.share:.0%} x {section.retrainings} retrainings, "
-        f"{len(case.query_ids)} queries"
+        f"{_queries(case)}"
     )
     figure = figures.bars(
         [(name, lds.mean.value, lds.mean.low, lds.mean.high) for name, lds in found.items()],
-        title, "Spearman correlation, mean over queries and its 95 % interval", ceiling,
+        title, "Spearman correlation, mean over queries, 95 % interval" + (ceiling is not None) * "; dashed: perfect scores", ceiling,
     )  # fmt: skip
     return Judgement("lds", title, _best_first(rows, "lds"), figure)
 
@@ -147,7 +147,7 @@ def _truth(case: _Case) -> Judgement:
                 **_spread(f"recall_at_{k}", evaluate.mean_over(found.recall_Q)),
             }
         )  # fmt: skip
-    title = f"Retrieval of the true examples of {len(case.query_ids)} queries among {len(case.id_N):,}"
+    title = f"Retrieval of the true examples of {_queries(case)} among {len(case.id_N):,}"
     return Judgement("truth", title, _best_first(rows, "mrr"), figures.ranks(ranks, title))
 
 
@@ -166,8 +166,12 @@ def _mislabelled(case: _Case) -> Judgement:
         {"method": name, "auc": found.auc, **{f"found_in_{share:.0%}": part for share, part in found.found.items()}}
         for name, found in curves.items()
     ]
-    title = f"Detection of {int(bad_N.sum())} wrong labels among {len(bad_N):,} by opponents of {len(case.query_ids)} queries"
+    title = f"Detection of {int(bad_N.sum())} wrong labels among {len(bad_N):,}, by opponents of {_queries(case)}"
     return Judgement("mislabelled", title, _best_first(rows, "auc"), figures.found(curves, title))
+
+
+def _queries(case: _Case) -> str:
+    return "one query" if len(case.query_ids) == 1 else f"{len(case.query_ids):,} queries"
 
 
 def _labelled(method: Matrix) -> str:
