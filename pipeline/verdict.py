@@ -121,10 +121,11 @@ def _lds(case: _Case) -> Judgement:
         f"Linear datamodelling score: {section.subsets} subsets of {section.share:.0%} x {section.retrainings} retrainings, "
         f"{_queries(case)}"
     )
-    figure = figures.bars(
-        [(name, lds.mean.value, lds.mean.low, lds.mean.high) for name, lds in found.items()],
-        title, "Spearman correlation, mean over queries, 95 % interval" + (ceiling is not None) * "; dashed: perfect scores", ceiling,
-    )  # fmt: skip
+    xlabel = (
+        "Spearman correlation, mean over queries, 95 % interval" + (ceiling is not None) * "; dashed: perfect scores"
+    )
+    bars = [(name, lds.mean.value, lds.mean.low, lds.mean.high) for name, lds in found.items()]
+    figure = figures.bars(bars, title, xlabel, ceiling)
     return Judgement("lds", title, _best_first(rows, "lds"), figure)
 
 

@@ -45,7 +45,7 @@ def test_a_figure_shows_what_it_is_given(draw, one, other):
 
 def test_nothing_to_draw_is_an_error():
     """No rows, or a number that is none."""
-    with pytest.raises(ValueError, match="empty|nothing"):
+    with pytest.raises(ValueError, match=r"empty|nothing"):
         figures.bars([], "LDS", "Spearman")
     with pytest.raises(ValueError, match="not finite"):
         figures.bars([("ours", float("nan"), 0, 1)], "LDS", "Spearman")
