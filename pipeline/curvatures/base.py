@@ -158,6 +158,9 @@ class Sample:
 class Curvature(Protocol):
     """A matrix G [P, P] that says how the corpus's loss bends, in a form that can be inverted."""
 
+    exact: bool
+    """Whether it is the Gauss-Newton matrix itself. Steps of another may be many times too long."""
+
     def fit(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int
     ) -> Mapping[str, Tensor]:

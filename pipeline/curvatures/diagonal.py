@@ -6,6 +6,7 @@ Shapes: Q vectors, P numbers of the chosen parameters.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from .per_example import PerExample
 
 class Diagonal:
     """G = diagonal of the mean over the sample of g g', g an example's gradient. See Curvature."""
+
+    exact: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._diagonal_P: Tensor | None = None
