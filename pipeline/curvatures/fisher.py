@@ -21,24 +21,29 @@ from ..observe import say
 from ..tasks.base import Batch, Task
 from .base import Sample
 
+DRAWS = 8
+"""Labels drawn for every row of a task whose rows have one each. A model that is certain seldom draws another than its own, and
+then a large gradient: on digits EK-FAC's rank correlation with retraining is .39 with 1, .44 with 4 and .46 with 16."""
 _Draw = Callable[[nn.Module, Batch, torch.Generator], Batch]
 
 
 def with_drawn_labels(model: nn.Module, task: Task, sample: Sample, seed: int, device: torch.device) -> Sample:
-    """The sample with labels drawn from the model's own predictions; as it is, with a warning, if the task cannot draw them.
+    """The sample with labels drawn from the model's own predictions, several times over; if the task cannot draw them, as it is.
 
-    What is drawn is a function of the seed and a batch's number alone.
+    Texts are drawn once: they have many labels each. What is drawn is a function of the seed and a batch's number alone.
     """
     draw: _Draw | None = getattr(task, "sampled", None)
     if draw is None:
         _warn_of_true_labels(type(task).__name__)
         return sample
+    times = 1 if hasattr(task, "token_ids_BT") else DRAWS
     with torch.no_grad():
         drawn = [
-            draw(model, batch, torch.Generator(device).manual_seed(_own_seed(seed, number)))
+            draw(model, batch, torch.Generator(device).manual_seed(_own_seed(seed, time, number)))
+            for time in range(times)
             for number, batch in zip(sample.numbers, sample.batches, strict=True)
         ]
-    return Sample(drawn, sample.rows, sample.numbers)
+    return Sample(drawn, sample.rows * times, list(sample.numbers) * times)
 
 
 def weighted_loss(model: nn.Module, task: Task, batch: Batch) -> Tensor:
@@ -53,8 +58,8 @@ def _independent_terms(task: Task, batch: Batch) -> Tensor:
     return (ids_BT >= 0).sum(dim=1)
 
 
-def _own_seed(seed: int, number: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/batch-{number}".encode()).digest()[:7], "big")
+def _own_seed(seed: int, time: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/draw-{time}/batch-{number}".encode()).digest()[:7], "big")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Layers whose weights are a matrix applied at many positions: linear ones, convolutions. Their gradients, from both sides.
+"""Layers, and gradients of single rows from both sides of them: what they were given, and gradients of what they returned.
 
 Shapes: B rows of a batch, T positions, I inputs (one more for a bias), O outputs, Q anything.
 """
@@ -8,16 +8,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from ..tasks.base import to_loss_dtype
 from .base import Parameters
 
 _PADDED: Mapping[str, str] = {"zeros": "constant"}
 """torch's name for a convolution's padding -> the same for `pad`, where they differ."""
+
+
+class Use(Protocol):
+    """A layer that uses chosen parameters."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the parameters."""
+        ...
+
+    def gradients(self, given: Tensor, slope: Tensor) -> dict[str, Tensor]:
+        """Parameter name -> gradient of every row's loss, [B, *shape], float32 or better.
+
+        Args:
+            given: What the layer was called with, [B, ...].
+            slope: Gradients of the rows' losses in what it returned, [B, ...].
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,9 +77,13 @@ class Layer:
         turned = weight.mT if _is_transposed(self.module) else weight.reshape(len(weight), *shape)
         return {self.weight: turned, **({self.bias: matrix_QOI[..., -1]} if self.bias else {})}
 
+    def gradients(self, given: Tensor, slope: Tensor) -> dict[str, Tensor]:
+        """See Use."""
+        return self.parted(self.slopes(slope).mT @ self.inputs(given))
+
     def inputs(self, given: Tensor) -> Tensor:
         """What it was called with as [B, T, I], float32 or better, with a 1 for the bias."""
-        given = given if given.dtype.itemsize >= 4 else given.float()
+        given = to_loss_dtype(given)
         if isinstance(self.module, nn.Conv1d | nn.Conv2d):
             input_BTI = _patches(self.module, given)
         else:
@@ -63,14 +92,14 @@ class Layer:
 
     def slopes(self, given: Tensor) -> Tensor:
         """Gradients of what it returned as [B, T, O], float32 or better."""
-        given = given if given.dtype.itemsize >= 4 else given.float()
+        given = to_loss_dtype(given)
         if isinstance(self.module, nn.Conv1d | nn.Conv2d):
             return given.flatten(2).mT
         return given.reshape(len(given), -1, given.shape[-1])
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    return type(module).__module__ == "transformers.pytorch_utils"
+    return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d, given: Tensor) -> Tensor:
@@ -83,20 +112,92 @@ def _patches(module: nn.Conv1d | nn.Conv2d, given: Tensor) -> Tensor:
     return F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride).mT
 
 
-def layers_in(model: nn.Module, parameters: Parameters) -> dict[str, Layer]:
-    """Layers of these kinds by the name of their weight; without grouped convolutions, and without weights of two layers."""
+@dataclass(frozen=True)
+class Scale:
+    """A layer that multiplies by a weight and adds a bias, number by number, in the end: norms of all sorts.
+
+    Args:
+        module: The layer.
+        weight: Name of its weight.
+        bias: Name of its bias; null if it has none, or it is not chosen.
+    """
+
+    module: nn.Module
+    weight: str
+    bias: str | None
+
+    @property
+    def names(self) -> list[str]:
+        """Its parameters."""
+        return [self.weight, *([self.bias] if self.bias else [])]
+
+    def gradients(self, given: Tensor, slope: Tensor) -> dict[str, Tensor]:
+        """See Use. What the weight multiplies is the difference between weights of one and of none."""
+        with torch.no_grad():
+            ones = {name: torch.ones_like(each) for name, each in self.module.named_parameters()}
+            zeros = {name: torch.zeros_like(each) for name, each in ones.items()}
+            factor = functional_call(self.module, ones | {"bias": zeros["bias"]} if "bias" in ones else ones, (given,))
+            factor = to_loss_dtype(factor) - to_loss_dtype(functional_call(self.module, zeros, (given,)))
+        found = {self.weight: self._summed(to_loss_dtype(slope) * factor)}
+        return found | ({self.bias: self._summed(to_loss_dtype(slope))} if self.bias else {})
+
+    def _summed(self, each: Tensor) -> Tensor:
+        """Over positions: of [B, ...] the sums [B, *shape]."""
+        shape: Any = self.module.weight.shape
+        if isinstance(self.module, nn.GroupNorm | nn.modules.batchnorm._NormBase):
+            each = each.movedim(1, -1)
+        return each.reshape(len(each), -1, *shape).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A table of vectors: nn.Embedding.
+
+    Args:
+        module: The layer.
+        weight: Name of its weight [words, width].
+    """
+
+    module: nn.Embedding
+    weight: str
+
+    @property
+    def names(self) -> list[str]:
+        """Its parameter."""
+        return [self.weight]
+
+    def gradients(self, given: Tensor, slope: Tensor) -> dict[str, Tensor]:
+        """See Use."""
+        rows, (words, width) = len(given), self.module.weight.shape
+        place_BT = given.flatten(1) + words * torch.arange(rows, device=given.device)[:, None]
+        total = to_loss_dtype(slope).new_zeros(rows * words, width)
+        total.index_add_(0, place_BT.flatten(), to_loss_dtype(slope).reshape(-1, width))
+        return {self.weight: total.view(rows, words, width)}
+
+
+def uses_in(model: nn.Module, parameters: Parameters) -> list[Use]:
+    """Layers of these kinds that use chosen parameters. What they are taken for is a guess, to be checked."""
     names = {id(tensor): name for name, tensor in parameters.tensors.items()}
-    found: dict[str, Layer] = {}
-    several: set[str] = set()
+    found: list[Use] = []
     for module in model.modules():
-        plain = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1)
-        if not (plain or (_is_transposed(module) and type(module).__name__ == "Conv1D")):
+        own = dict(module.named_parameters(recurse=False))
+        weight, bias = (names.get(id(own.get(each))) for each in ("weight", "bias"))
+        if weight is None or not own.keys() <= {"weight", "bias"}:
             continue
-        weight, bias = names.get(id(module.weight)), names.get(id(module.bias))
-        if weight is not None:
-            several |= {name for each in found.values() for name in each.names if name in (weight, bias)}
-            found[weight] = Layer(module, weight, bias)
-    return {weight: layer for weight, layer in found.items() if not several & set(layer.names)}
+        if isinstance(module, nn.Embedding):
+            found.append(Lookup(module, weight))
+        elif isinstance(module, nn.Linear) or _is_transposed(module):
+            found.append(Layer(module, weight, bias))
+        elif isinstance(module, nn.Conv1d | nn.Conv2d):
+            found += [Layer(module, weight, bias)] if module.groups == 1 else []
+        elif len({each.shape for each in own.values()}) == 1 and not list(module.children()):
+            found.append(Scale(module, weight, bias))
+    return found
+
+
+def layers_in(model: nn.Module, parameters: Parameters) -> dict[str, Layer]:
+    """Layers with a matrix of weights, by the name of their weight."""
+    return {use.weight: use for use in uses_in(model, parameters) if isinstance(use, Layer)}
 
 
 @dataclass
@@ -108,10 +209,10 @@ class Calls:
 
 
 @contextmanager
-def watched(layers: Mapping[str, Layer]) -> Iterator[dict[str, Calls]]:
-    """Calls of layers that gradients flow through, in the block; by the name of the layer's weight."""
-    calls = {name: Calls() for name in layers}
-    handles = [layer.module.register_forward_hook(_keeping(calls[name])) for name, layer in layers.items()]
+def watched(uses: Sequence[Use]) -> Iterator[list[Calls]]:
+    """Calls of layers that gradients flow through, in the block; one for each use."""
+    calls = [Calls() for _ in uses]
+    handles = [use.module.register_forward_hook(_keeping(each)) for use, each in zip(uses, calls, strict=True)]
     try:
         yield calls
     finally:
@@ -121,7 +222,8 @@ def watched(layers: Mapping[str, Layer]) -> Iterator[dict[str, Calls]]:
 
 def _keeping(calls: Calls) -> Any:
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not (torch.is_grad_enabled() and output.requires_grad and args):
+        seen = torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad
+        if not (seen and args and isinstance(args[0], Tensor)):
             return None
         calls.inputs.append(args[0].detach())
         calls.outputs.append(output)

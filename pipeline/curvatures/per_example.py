@@ -1,36 +1,36 @@
 """Gradients of every example of a batch by itself, for all chosen parameters.
 
-Those of linear layers and convolutions come of one pass backwards for the whole batch: an example's gradient is the sum over
-positions of output gradient times input. All others take a pass for each example. Which layers may go the fast way is not
-guessed: on one batch their gradients are compared with autograd's.
+Those of common layers come of one pass backwards for the whole batch, from both sides of the layer; of all other parameters, of
+a pass for each example. Which may go the fast way is not guessed: on one batch their gradients are compared with autograd's.
 
 Shapes: B rows of a batch (b of a piece of it), T positions, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ContractError
-from ..tasks.base import Batch, Task
+from ..tasks.base import Batch, Task, to_loss_dtype
 from .base import Parameters, Sample
 from .fisher import weighted_loss
-from .layers import Layer, layers_in, row_slices, watched
+from .layers import Layer, Use, row_slices, uses_in, watched
 from .linearised import StandIn
 
 PIECE_BYTES = 1 << 28
 """Gradients of single examples that are held at a time, of one layer."""
 TOLERANCE = 1e-2
-"""By how much a layer's gradient may be off from autograd's, relative to it; in half precision ten times as much."""
+"""By how much a parameter's gradient may be off from autograd's, relative to it; in half precision ten times as much."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Both sides of a layer on a batch.
+    """Both sides of a layer with a matrix of weights, on a batch.
 
     Args:
         layer: The layer.
@@ -42,17 +42,18 @@ class Seen:
     input_BTI: Tensor
     slope_BTO: Tensor
 
-    def gradients(self) -> Iterator[Tensor]:
-        """Of its parameters, [b, O, I], in pieces of the batch."""
-        rows, numbers = len(self.input_BTI), self.input_BTI.shape[-1] * self.slope_BTO.shape[-1]
-        for piece in row_slices(rows, numbers, PIECE_BYTES):
-            yield self.slope_BTO[piece].mT @ self.input_BTI[piece]
-
     def sum_of_squares(self) -> Tensor:
-        """Of the numbers of these gradients, over the rows: [O, I]."""
+        """Of the numbers of each row's gradient, over the rows: [O, I]."""
         if self.input_BTI.shape[1] == 1:  # the square of a product is the product of squares
             return (self.slope_BTO[:, 0] ** 2).mT @ self.input_BTI[:, 0] ** 2
-        return torch.stack([(gradient_bOI**2).sum(dim=0) for gradient_bOI in self.gradients()]).sum(dim=0)
+        rows, numbers = len(self.input_BTI), self.input_BTI.shape[-1] * self.slope_BTO.shape[-1]
+        pieces = row_slices(rows, numbers, PIECE_BYTES)
+        squares = [((self.slope_BTO[piece].mT @ self.input_BTI[piece]) ** 2).sum(dim=0) for piece in pieces]
+        return torch.stack(squares).sum(dim=0)
+
+
+_Sides = list[tuple[Tensor, Tensor]]
+"""Of every call of a layer: what it was given, and gradients of what it returned."""
 
 
 class PerExample:
@@ -67,15 +68,22 @@ class PerExample:
 
     def __init__(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample) -> None:
         self._model, self._task, self._parameters = model, task, parameters
-        candidates = layers_in(model, parameters)
-        like = torch.zeros(len(candidates), device=parameters.device)
-        right = sample.first(parameters.device).sum(lambda batch: self._right(candidates, batch).to(like), like)
-        self.layers = {name: layer for (name, layer), each in zip(candidates.items(), right, strict=True) if each > 0}
-        covered = {name for layer in self.layers.values() for name in layer.names}
-        self.others = [name for name in parameters.names if name not in covered]
+        self._uses = uses_in(model, parameters)
+        like = torch.zeros(len(parameters.names), device=parameters.device)
+        right = sample.first(parameters.device).sum(lambda batch: self._right(batch).to(like), like).tolist()
+        self.others = [name for name, each in zip(parameters.names, right, strict=True) if not each]
+        """Parameters that take a pass for each example."""
+        self._uses = [use for use in self._uses if not set(use.names) & set(self.others)]
+        times = Counter(name for use in self._uses for name in use.names)
+        self.layers = {
+            use.weight: use
+            for use in self._uses
+            if isinstance(use, Layer) and all(times[name] == 1 for name in use.names)
+        }
+        """By the name of their weight, layers with a matrix of weights that nothing else uses."""
 
     def seen(self, batch: Batch, weights: Collection[str]) -> Iterator[Seen]:
-        """Both sides of layers, one layer after the other.
+        """Both sides of `layers`, one after the other; the calls of a layer after the first are further positions.
 
         Args:
             batch: Rows.
@@ -84,21 +92,14 @@ class PerExample:
         Raises:
             ContractError: A layer was called with something that has not one entry for each row.
         """
-        layers = {name: self.layers[name] for name in weights}
-        with torch.enable_grad(), self._parameters.differentiable(), watched(layers) as calls:
-            loss_B = weighted_loss(StandIn(self._model, {}), self._task, batch)  # type: ignore[arg-type]
-            outputs = [output for each in calls.values() for output in each.outputs]
-            slopes = iter(_gradients(loss_B.sum(), outputs))
-        for name, layer in layers.items():
-            inputs = calls[name].inputs
-            mine = [next(slopes) for _ in inputs]
-            if any(len(each) != len(loss_B) for each in inputs):
-                raise ContractError(
-                    f"{name}: its layer was called with {[list(each.shape) for each in inputs]} for {len(loss_B)} rows",
-                    "leave it out by producer.parameters, or set producer.curvature to gauss_newton",
+        layers = [self.layers[name] for name in weights]
+        for layer, sides in zip(layers, self._sides(batch, layers), strict=True):
+            if sides:
+                yield Seen(
+                    layer,
+                    torch.cat([layer.inputs(given) for given, _ in sides], dim=1),
+                    torch.cat([layer.slopes(slope) for _, slope in sides], dim=1),
                 )
-            if inputs:
-                yield _both_sides(layer, inputs, mine)
 
     def gradients(self, batch: Batch, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Name and gradients [b, *shape] of parameters, in pieces of the batch, float32 or better.
@@ -106,61 +107,97 @@ class PerExample:
         Raises:
             ContractError: As `seen`.
         """
-        layers = [weight for weight, layer in self.layers.items() if set(layer.names) & set(names)]
-        for seen in self.seen(batch, layers) if layers else ():
-            for gradient_bOI in seen.gradients():
-                for name, gradient in seen.layer.parted(gradient_bOI).items():
-                    if name in names:
-                        yield name, gradient
+        uses = [use for use in self._uses if set(use.names) & set(names)]
+        sides = self._sides(batch, uses) if uses else []
+        for group in _groups(uses):
+            found = self._summed([uses[i] for i in group], [sides[i] for i in group])
+            yield from ((name, each) for name, each in found if name in names)
         others = [name for name in self.others if name in names]
         for row in range(len(next(iter(batch.values()))) if others else 0):
             own = {name: value[row : row + 1] for name, value in batch.items()}
             with torch.enable_grad(), self._parameters.differentiable():
                 tensors = [self._parameters.tensors[name] for name in others]
-                found = _gradients(weighted_loss(self._model, self._task, own).sum(), tensors)
-            for name, gradient in zip(others, found, strict=True):
-                yield name, (gradient if gradient.dtype.itemsize >= 4 else gradient.float())[None]
+                slopes = _gradients(weighted_loss(self._model, self._task, own).sum(), tensors)
+            yield from ((name, to_loss_dtype(each)[None]) for name, each in zip(others, slopes, strict=True))
 
-    def _right(self, layers: dict[str, Layer], batch: Batch) -> Tensor:
-        """Whether what was seen of each layer makes its gradients on a batch: 1 or 0.
+    def _summed(self, uses: Sequence[Use], sides: Sequence[_Sides]) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradients [b, *shape] of parameters that layers share, in pieces."""
+        numbers = sum(self._parameters.tensors[name].numel() for name in {name for use in uses for name in use.names})
+        rows = next((len(given) for calls in sides for given, _ in calls), 0)
+        for piece in row_slices(rows, numbers, PIECE_BYTES):
+            total: dict[str, Tensor] = {}
+            for use, calls in zip(uses, sides, strict=True):
+                for given, slope in calls:
+                    for name, gradient in use.gradients(given[piece], slope[piece]).items():
+                        total[name] = total[name] + gradient if name in total else gradient
+            yield from total.items()
+
+    def _sides(self, batch: Batch, uses: Sequence[Use]) -> list[_Sides]:
+        """Of every layer both sides of its calls. Raises ContractError: they have not one entry for each row."""
+        with torch.enable_grad(), self._parameters.differentiable(), watched(uses) as calls:
+            loss_B = weighted_loss(StandIn(self._model, {}), self._task, batch)  # type: ignore[arg-type]
+            slopes = iter(_gradients(loss_B.sum(), [output for each in calls for output in each.outputs]))
+        for use, each in zip(uses, calls, strict=True):
+            if any(len(given) != len(loss_B) for given in each.inputs):
+                raise ContractError(
+                    f"{use.names[0]}: its layer was called with {[list(given.shape) for given in each.inputs]} for "
+                    f"{len(loss_B)} rows",
+                    "leave it out by producer.parameters, or set producer.curvature to gauss_newton",
+                )
+        return [[(given, next(slopes)) for given in each.inputs] for each in calls]
+
+    def _right(self, batch: Batch) -> Tensor:
+        """Of every parameter whether what was seen of its layers makes its gradients on a batch: 1 or 0.
 
         Rows are weighted differently, so that a layer whose first axis is not that of rows shows; a weight that is used by
-        other means too (tied, or not by a call of its layer) shows as well.
+        other means too, not by a call of its layer, shows as well.
         """
-        with torch.enable_grad(), self._parameters.differentiable(), watched(layers) as calls:
+        with torch.enable_grad(), self._parameters.differentiable() as tensors, watched(self._uses) as calls:
             loss_B = weighted_loss(StandIn(self._model, {}), self._task, batch)  # type: ignore[arg-type]
-            outputs = [output for each in calls.values() for output in each.outputs]
-            slopes = iter(_gradients(loss_B.sum(), outputs))
+            slopes = iter(_gradients(loss_B.sum(), [output for each in calls for output in each.outputs]))
             weight_B = torch.arange(len(loss_B), device=loss_B.device).cos().to(loss_B.dtype)
-            names = [name for layer in layers.values() for name in layer.names]
-            tensors = [self._parameters.tensors[name] for name in names]
-            wanted = dict(zip(names, _gradients((weight_B * loss_B).sum(), tensors), strict=True))
-        found = []
-        for name, layer in layers.items():
-            inputs = calls[name].inputs
-            mine = [next(slopes) for _ in inputs]
-            if not inputs or any(len(each) != len(loss_B) for each in inputs):
-                found.append(False)
-                continue
-            seen = _both_sides(layer, inputs, mine)
-            weighted_BTO = weight_B.to(seen.slope_BTO.dtype)[:, None, None] * seen.slope_BTO
-            ours_OI = weighted_BTO.flatten(0, 1).mT @ seen.input_BTI.flatten(0, 1)
-            theirs_OI = layer.joined({each: wanted[each][None].to(ours_OI.dtype) for each in layer.names})[0]
-            tolerance = TOLERANCE * (1 if wanted[name].dtype.itemsize >= 4 else 10)
-            found.append(bool((ours_OI - theirs_OI).norm() <= tolerance * theirs_OI.norm()))
-        return torch.tensor(found, dtype=torch.float64)
+            wanted = dict(zip(self._parameters.names, _gradients((weight_B * loss_B).sum(), tensors), strict=True))
+        found: dict[str, Tensor] = {}
+        wrong: set[str] = set()
+        for use, each in zip(self._uses, calls, strict=True):
+            sides = [(given, next(slopes)) for given in each.inputs]
+            try:
+                weighted = [(given, slope * _beside(weight_B, slope)) for given, slope in sides]
+                for name, gradient in self._summed([use], [weighted]):
+                    sum_ = gradient.sum(dim=0)
+                    found[name] = found[name] + sum_ if name in found else sum_
+            except (RuntimeError, TypeError, ValueError, IndexError):  # it is not what it was taken for
+                wrong |= set(use.names)
+        return torch.tensor([name not in wrong and _equal(found.get(name), each) for name, each in wanted.items()])
 
 
-def _both_sides(layer: Layer, inputs: list[Tensor], slopes: list[Tensor]) -> Seen:
-    """Of all calls of a layer: those after the first are further positions."""
-    return Seen(
-        layer,
-        torch.cat([layer.inputs(each) for each in inputs], dim=1),
-        torch.cat([layer.slopes(each) for each in slopes], dim=1),
-    )
+def _beside(weight_B: Tensor, slope: Tensor) -> Tensor:
+    """[B] as [B, 1, ...]. Raises ValueError: there are not so many rows."""
+    if len(slope) != len(weight_B):
+        raise ValueError(f"{len(slope)} rows of {len(weight_B)}")
+    return weight_B.to(slope.dtype).view(-1, *[1] * (slope.ndim - 1))
 
 
-def _gradients(loss: Tensor, of: list[Tensor]) -> tuple[Tensor, ...]:
+def _equal(found: Tensor | None, wanted: Tensor) -> bool:
+    tolerance = TOLERANCE * (1 if wanted.dtype.itemsize >= 4 else 10)
+    if found is None or found.shape != wanted.shape:
+        return False
+    return bool((found - wanted).norm() <= tolerance * wanted.norm())
+
+
+def _groups(uses: Sequence[Use]) -> list[list[int]]:
+    """Numbers of uses, those together that share a parameter."""
+    groups: list[tuple[set[str], list[int]]] = []
+    for i, use in enumerate(uses):
+        names, members = set(use.names), [i]
+        for group in [group for group in groups if group[0] & names]:
+            groups.remove(group)
+            names, members = names | group[0], group[1] + members
+        groups.append((names, members))
+    return [members for _, members in groups]
+
+
+def _gradients(loss: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not (of and loss.requires_grad):
         return tuple(torch.zeros_like(each) for each in of)
-    return torch.autograd.grad(loss, of, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(loss, list(of), retain_graph=True, allow_unused=True, materialize_grads=True)

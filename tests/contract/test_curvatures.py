@@ -183,7 +183,10 @@ def test_ekfacs_bases_are_eigenvectors_of_the_covariances():
     of = sample(9, 8, shape=(4,))
     found, rows = fitted("ekfac", model, of, task(4)), per_example(model, of, task(4))
     inputs = model[1](model[0](torch.cat([batch["features"] for batch in of.batches])))
-    inputs, slope = torch.cat([inputs, torch.ones(17, 1)], 1), rows["2.bias"]
+    inputs, slope = (
+        torch.cat([inputs, torch.ones(17, 1)], 1),
+        rows["2.bias"],
+    )  # each row is drawn as often as the others
     for vectors, of_what in ((found["2.weight/input_basis"], inputs), (found["2.weight/output_basis"], slope)):
         turned = vectors.T @ of_what.T.detach() @ of_what.detach() @ vectors
         torch.testing.assert_close(turned, torch.diag(turned.diagonal()))
@@ -196,7 +199,7 @@ def test_ekfac_is_exact_where_the_matrix_falls_apart():
     features = torch.diag(torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=DOUBLE))
     of = Sample([{"features": features, "label": torch.tensor([0, 1, 0, 1])}], 4)
     rows = per_example(model, of, task(4))["weight"].flatten(1)
-    matrix, slope_QP = rows.T @ rows / 4 + DAMPING * torch.eye(8, dtype=DOUBLE), slopes(model)
+    matrix, slope_QP = rows.T @ rows / len(rows) + DAMPING * torch.eye(8, dtype=DOUBLE), slopes(model)
     found = loaded("ekfac", model, fitted("ekfac", model, of, task(4))).solve(slope_QP, [DAMPING])[0]
     torch.testing.assert_close(found, torch.linalg.solve(matrix, slope_QP.T).T)
 
@@ -317,6 +320,17 @@ def test_a_task_that_cannot_draw_gets_the_empirical_fisher(capsys):
     gradients = [parameters.gradient(lambda row=row: TASK.loss_B(model, row).sum()) for row in rows]
     torch.testing.assert_close(parameters.flat(list(found.values())), (torch.stack(gradients) ** 2).mean(dim=0))
     assert 1 == capsys.readouterr().err.count("NoDraws has no method `sampled`")
+
+
+def test_common_layers_go_the_fast_way():
+    """All but a grouped convolution of one network; all of a text model, its tied vocabulary too, which no layer has to itself."""
+    model = network()
+    assert ["5.weight", "5.bias"] == PerExample(model, TASK, Parameters(model), SAMPLE).others
+    model, of = gpt(layers=1, tied=True), Sample([texts(3)], 3)
+    found = PerExample(model, load_task(CausalLMTask(tokens="ids")), Parameters(model), of)
+    assert [] == found.others
+    assert "model.embed_tokens.weight" not in found.layers
+    assert 7 == len(found.layers)
 
 
 def test_a_layer_whose_rows_lie_along_another_axis_is_found_out():
