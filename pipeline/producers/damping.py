@@ -9,9 +9,9 @@ that is to first order the minimum of
 G the curvature of all examples, H_t that of t itself. So rows of the corpus take the place of queries, v is solved for with the
 curvature of the rest of the sample, and G is that of rows held out from both: the damping whose steps do best there is taken.
 
-A curvature that is not the sample's own (a diagonal, say) misses so much of it that its steps are ten times too long, which says
-nothing against their direction, and a damping large enough to shorten them would leave nothing of it. Those are first scaled to
-the length that does best on the rows that the curvature was fitted to.
+A curvature that is not the sample's own (a diagonal, say) misses so much of it that its steps are ten times too long. That says
+nothing against their direction, and a damping large enough to shorten them would leave nothing of it. So each is first scaled to
+the length that does best on the rows that it was fitted to, and every row counts alike, whatever its gradient's length.
 
 Shapes: Q rows in the place of queries, P numbers of the chosen parameters.
 """
@@ -35,8 +35,12 @@ FINE_SHARES = (*SHARES, 3e-4, 1e-4, 3e-5, 1e-5)
 """The same for a curvature that is not exact: what it leaves out bends nothing, so that less noise is trusted by mistake."""
 PATIENCE = 2
 """Of a curvature that is not exact no smaller damping is tried after so many that did worse than a larger one."""
-ROWS = 64
-"""Rows of the probe that take the place of queries."""
+ROWS, FEWEST_ROWS = 64, 8
+"""Rows of the probe that take the place of queries, at most; fewer of a model so large that their vectors fill VECTOR_BYTES."""
+VECTOR_BYTES = 16 << 30
+"""Of vectors that are held for all rows together."""
+VECTORS_HELD = 8
+"""For each row."""
 
 
 def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvature) -> dict[str, float | str]:
@@ -44,15 +48,19 @@ def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvatur
 
     Returns:
         `curvature_scale`: curvature along gradients of rows, in nats. `damping`: that which does best.
-        `damping_tried`: every damping with its criterion, in nats; lower is better. Empty details if the loss does not bend.
+        `damping_tried`: every damping with its criterion, lower is better: in nats (of a curvature
+        that is not exact, for gradients of length 1). Empty details if the loss does not bend.
     """
-    rows = single_rows(setting.probe, ROWS)
+    fitting = VECTOR_BYTES // (VECTORS_HELD * parameters.size * 4)
+    rows = single_rows(setting.probe, min(ROWS, max(FEWEST_ROWS, fitting)))
     slope_QP = torch.stack([setting.slope(parameters, row) for row in rows])
     scale = _mean_share(dot(slope_QP, _bent(setting, parameters, setting.rest, slope_QP)), dot(slope_QP, slope_QP))
     if not scale > 0:
         return {"curvature_scale": scale}
     tensors = curvature.fit(setting.base, setting.task, parameters, setting.rest, setting.seed)
     curvature.load(setting.base, setting.task, parameters, setting.rest, tensors)
+    if not curvature.exact:
+        slope_QP = slope_QP / slope_QP.norm(dim=1, keepdim=True).clamp(min=torch.finfo(slope_QP.dtype).tiny)
     costs: dict[float, float] = {}
     for damping, step_QP in _steps(curvature, slope_QP, scale):
         scaled_QP = step_QP if curvature.exact else _scaled(setting, parameters, slope_QP, step_QP)
@@ -74,10 +82,10 @@ def _steps(curvature: Curvature, slope_QP: Tensor, scale: float) -> Iterator[tup
 
 
 def _scaled(setting: Setting, parameters: Parameters, slope_QP: Tensor, step_QP: Tensor) -> Tensor:
-    """Steps shortened, all by one factor, to what lowers 1/2 v' G v - v' g most on the rows that the curvature was fitted to."""
-    bent = float(dot(step_QP, _bent(setting, parameters, setting.rest, step_QP)).sum())
-    slope = float(dot(step_QP, slope_QP).sum())
-    return step_QP * (slope / bent) if 0 < slope < bent else step_QP
+    """Steps, those shortened that are longer than lowers 1/2 v' G v - v' g most on the rows that the curvature was fitted to."""
+    bent_Q = dot(step_QP, _bent(setting, parameters, setting.rest, step_QP))
+    best_Q = dot(step_QP, slope_QP) / bent_Q.clamp(min=torch.finfo(bent_Q.dtype).tiny)
+    return step_QP * best_Q.clamp(max=1.0).to(step_QP.dtype)[:, None]
 
 
 def _cost(setting: Setting, parameters: Parameters, rows: Sequence[Batch], slope_QP: Tensor, step_QP: Tensor) -> float:

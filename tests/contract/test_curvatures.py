@@ -323,7 +323,7 @@ def test_a_task_that_cannot_draw_gets_the_empirical_fisher(capsys):
 
 
 def test_common_layers_go_the_fast_way():
-    """All but a grouped convolution of one network; all of a text model, its tied vocabulary too, which no layer has to itself."""
+    """All but a grouped convolution of one network; all of a text model, its tied vocabulary too, which is no layer's own."""
     model = network()
     assert ["5.weight", "5.bias"] == PerExample(model, TASK, Parameters(model), SAMPLE).others
     model, of = gpt(layers=1, tied=True), Sample([texts(3)], 3)
