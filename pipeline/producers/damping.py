@@ -33,8 +33,6 @@ SHARES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Dampings that are tried, as shares of the curvature along gradients."""
 FINE_SHARES = (*SHARES, 3e-4, 1e-4, 3e-5, 1e-5)
 """The same for a curvature that is not exact: what it leaves out bends nothing, so that less noise is trusted by mistake."""
-PATIENCE = 2
-"""Of a curvature that is not exact no smaller damping is tried after so many that did worse than a larger one."""
 ROWS, FEWEST_ROWS = 64, 8
 """Rows of the probe that take the place of queries, at most; fewer of a model so large that their vectors fill VECTOR_BYTES."""
 VECTOR_BYTES = 16 << 30
@@ -65,9 +63,7 @@ def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvatur
     for damping, step_QP in _steps(curvature, slope_QP, scale):
         scaled_QP = step_QP if curvature.exact else _scaled(setting, parameters, slope_QP, step_QP)
         costs[damping] = _cost(setting, parameters, rows, slope_QP, scaled_QP)
-        best = min(costs, key=costs.__getitem__)
-        if not curvature.exact and list(costs).index(best) + PATIENCE < len(costs):
-            break
+    best = min(costs, key=costs.__getitem__)
     tried = ", ".join(f"{damping:.3g}: {cost:.4g}" for damping, cost in costs.items())
     return {"curvature_scale": scale, "damping": best, "damping_tried": tried}
 
