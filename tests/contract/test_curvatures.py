@@ -15,7 +15,7 @@ from pipeline.choices import CausalLMTask
 from pipeline.curvatures import BUILTIN
 from pipeline.curvatures.base import Parameters, Sample
 from pipeline.curvatures.fisher import _warn_of_true_labels, with_drawn_labels
-from pipeline.curvatures.gauss_newton import product
+from pipeline.curvatures.gauss_newton import GaussNewton, product
 from pipeline.curvatures.gfim import schulz_inverse
 from pipeline.curvatures.per_example import PerExample
 from pipeline.errors import ContractError, NumericsError
@@ -23,6 +23,7 @@ from pipeline.extensions import load_producer, load_task
 from pipeline.importing import construct
 from pipeline.producer_choices import Natural
 from pipeline.producers.base import Setting
+from pipeline.producers.damping import choose_damping
 from pipeline.tasks.classification import Classification
 from tests.language import VOCABULARY, gpt
 from tests.small import one_thread
@@ -365,6 +366,27 @@ def test_what_schulz_cannot_invert_is_an_error():
     """A singular matrix."""
     with pytest.raises(NumericsError, match=r"w: Schulz's iteration .* 60 steps"):
         schulz_inverse(torch.ones(2, 2, dtype=DOUBLE), "w")
+
+
+class TooShort(GaussNewton):
+    """The matrix itself, but for a factor that makes its steps too long."""
+
+    exact = False
+
+    def __init__(self, factor):
+        super().__init__(iterations=20, tolerance=1e-6)
+        self._factor = factor
+
+    def solve(self, slope_QP, dampings):
+        return [self._factor * each for each in super().solve(slope_QP, dampings)]
+
+
+def test_the_damping_does_not_depend_on_how_long_steps_are():
+    """Those ten and a thousand times too long are judged alike: it is their direction that counts."""
+    model = network()
+    setting = Setting(model, TASK, sample(9, 8), sample(7), batches(6), SAMPLE, 100, SEED)
+    ten, thousand = (choose_damping(setting, Parameters(model), TooShort(factor)) for factor in (10, 1000))
+    assert ten == thousand
 
 
 def gpt2():
