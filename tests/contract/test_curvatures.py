@@ -334,6 +334,17 @@ def test_common_layers_go_the_fast_way():
     assert 7 == len(found.layers)
 
 
+def test_a_bias_that_a_norm_takes_away_does_not_slow_its_layer():
+    """Its gradient is nothing but rounding; the weight's is not."""
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(2, 3, 3, stride=2, padding=1, padding_mode="circular"), nn.GroupNorm(3, 3), nn.PReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, CLASSES)).to(DOUBLE)
+    of, rows = sample(5, 4, shape=(2, 8)), per_example(model, sample(5, 4, shape=(2, 8)), task(2, 8))
+    assert [] == PerExample(model, task(2, 8), Parameters(model), of).others
+    for name, found in fitted("diagonal", model, of, task(2, 8)).items():
+        torch.testing.assert_close(found, (rows[name] ** 2).mean(dim=0))
+
+
 def test_a_layer_whose_rows_lie_along_another_axis_is_found_out():
     """As many positions as rows: the shape looks right, its gradients are not; it goes the slow way and is right."""
     torch.manual_seed(0)
@@ -383,8 +394,9 @@ class TooShort(GaussNewton):
 
 def test_the_damping_does_not_depend_on_how_long_steps_are():
     """Those ten and a thousand times too long are judged alike: it is their direction that counts."""
-    model = network()
-    setting = Setting(model, TASK, sample(9, 8), sample(7), batches(6), SAMPLE, 100, SEED)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)).to(DOUBLE)
+    parts = [sample(size, shape=(4,)) for size in (9, 5, 12)]
+    setting = Setting(model, task(4), parts[0], parts[1], batches(3, shape=(4,)), parts[2], 100, SEED)
     ten, thousand = (choose_damping(setting, Parameters(model), TooShort(factor)) for factor in (10, 1000))
     assert ten == thousand
 
