@@ -33,9 +33,9 @@ class EKFAC:
     """G = Q diag(eigenvalues) Q' for each layer by itself, its weight and bias together. See Curvature.
 
     Layers are nn.Linear, nn.Conv1d, nn.Conv2d (without groups) and the Conv1D of transformers, called once or several times.
-    All else gets the diagonal of its Fisher matrix: norms, embeddings, grouped convolutions, weights that are tied or used by other
-    means than their layer's call (in nn.MultiheadAttention), layers that are not called with rows along the first axis, and those
-    with a side beyond LARGEST_SIDE.
+    All else gets the diagonal of its Fisher matrix: norms, embeddings, grouped convolutions, weights that are tied or used by
+    other means than their layer's call (in nn.MultiheadAttention), layers that are not called with rows along the first axis, and
+    those with a side beyond LARGEST_SIDE.
     """
 
     exact: ClassVar[bool] = False
