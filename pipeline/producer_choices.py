@@ -127,12 +127,15 @@ class Natural(Extension):
 
     name: Literal["natural"] = "natural"
     """This producer; it sees a sample of the corpus, and solves for several queries at once."""
-    curvature: Literal["gauss_newton"] = "gauss_newton"
-    """How the corpus's loss bends. `gauss_newton`: as it does, by conjugate gradients."""
+    curvature: Literal["gauss_newton", "ekfac", "gfim", "diagonal"] = "gauss_newton"
+    """How the corpus's loss bends. `gauss_newton`: as it does, by conjugate gradients. The others are fitted in two or three
+    passes through the sample, with labels that the model draws, saved with the run, and cost next to nothing for a query:
+    `ekfac`, layer by layer in an eigenbasis (EK-FAC); `gfim`, one matrix for all columns of a weight (HyperINF); `diagonal`,
+    each number by itself (Attribution by Unlearning)."""
     damping: _Positive | None = None
     """Added to the curvature's diagonal, in nats. Null: chosen on rows of the corpus that are held out."""
     iterations: _Count = 20
-    """Conjugate-gradient iterations at most; each goes through the sample once."""
+    """Conjugate-gradient iterations of `gauss_newton` at most; each goes through the sample once."""
     tolerance: _Positive = 1e-3
     """They end when no query's residual is longer than this share of its gradient."""
     sample_rows: _Count = 4096

@@ -2,5 +2,8 @@
 
 BUILTIN = {
     "gauss_newton": "pipeline.curvatures.gauss_newton:GaussNewton",
+    "ekfac": "pipeline.curvatures.ekfac:EKFAC",
+    "gfim": "pipeline.curvatures.gfim:GFIM",
+    "diagonal": "pipeline.curvatures.diagonal:Diagonal",
 }
 """Word in the spec -> class."""

@@ -47,6 +47,11 @@ class Parameters:
         return list(self.tensors)
 
     @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return next(iter(self.tensors.values())).device
+
+    @property
     def size(self) -> int:
         """P: how many numbers they are together."""
         return sum(self._sizes)
@@ -90,14 +95,39 @@ class Sample:
     Args:
         batches: Those of this worker: task column -> [B, *shape].
         rows: Rows of all workers' batches together.
+        numbers: Of this worker's batches among all that were drawn, so that randomness can be each batch's own; empty for one
+            worker that has them all.
     """
 
     batches: Sequence[Batch]
     rows: int
+    numbers: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Numbers from 0, where none were given."""
+        if not self.numbers:
+            object.__setattr__(self, "numbers", range(len(self.batches)))
 
     def __add__(self, other: Sample) -> Sample:
         """Both together."""
-        return Sample([*self.batches, *other.batches], self.rows + other.rows)
+        return Sample([*self.batches, *other.batches], self.rows + other.rows, [*self.numbers, *other.numbers])
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there are other workers."""
+        return dist.is_initialized() and dist.get_world_size() > 1
+
+    def first(self, device: torch.device) -> Sample:
+        """The batch of the smallest number alone, at the worker that has it.
+
+        Args:
+            device: Of the workers' group.
+        """
+        least = torch.tensor(min(self.numbers, default=torch.iinfo(torch.int64).max), device=device)
+        if self.is_split:
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+        found = [i for i, number in enumerate(self.numbers) if number == least][:1]
+        return Sample([self.batches[i] for i in found], self.rows, [self.numbers[i] for i in found])
 
     def sum(self, of_batch: Callable[[Batch], Tensor], like: Tensor) -> Tensor:
         """Sum of something over the batches of all workers, in float64 so that their number does not show.
@@ -106,16 +136,30 @@ class Sample:
             of_batch: Gives a tensor like `like` of every batch.
             like: Says shape and device, for workers that hold no batch.
         """
-        total = torch.zeros_like(like, dtype=torch.float64)
+        return self.sums(lambda batch: {"": of_batch(batch)}, {"": like})[""]
+
+    def sums(self, of_batch: Callable[[Batch], Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same of several things at once.
+
+        Args:
+            of_batch: Gives tensors like `like` of every batch.
+            like: Names, shapes and devices.
+        """
+        totals = {name: torch.zeros_like(each, dtype=torch.float64) for name, each in like.items()}
         for batch in self.batches:
-            total += of_batch(batch)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
-        return total
+            for name, each in of_batch(batch).items():
+                totals[name] += each
+        if self.is_split:
+            for total in totals.values():
+                dist.all_reduce(total)
+        return totals
 
 
 class Curvature(Protocol):
     """A matrix G [P, P] that says how the corpus's loss bends, in a form that can be inverted."""
+
+    exact: bool
+    """Whether it is the Gauss-Newton matrix itself. Steps of another may be many times too long."""
 
     def fit(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int

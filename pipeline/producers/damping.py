@@ -9,12 +9,16 @@ that is to first order the minimum of
 G the curvature of all examples, H_t that of t itself. So rows of the corpus take the place of queries, v is solved for with the
 curvature of the rest of the sample, and G is that of rows held out from both: the damping whose steps do best there is taken.
 
+A curvature that is not the sample's own (a diagonal, say) misses so much of it that its steps are ten times too long. That says
+nothing against their direction, and a damping large enough to shorten them would leave nothing of it. So each is first scaled to
+the length that does best on the rows that it was fitted to, and every row counts alike, whatever its gradient's length.
+
 Shapes: Q rows in the place of queries, P numbers of the chosen parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,8 +31,14 @@ from .base import Setting
 
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Dampings that are tried, as shares of the curvature along gradients."""
-ROWS = 64
-"""Rows of the probe that take the place of queries."""
+FINE_SHARES = (*SHARES, 3e-4, 1e-4, 3e-5, 1e-5)
+"""The same for a curvature that is not exact: what it leaves out bends nothing, so that less noise is trusted by mistake."""
+ROWS, FEWEST_ROWS = 64, 8
+"""Rows of the probe that take the place of queries, at most; fewer of a model so large that their vectors fill VECTOR_BYTES."""
+VECTOR_BYTES = 16 << 30
+"""Of vectors that are held for all rows together."""
+VECTORS_HELD = 8
+"""For each row."""
 
 
 def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvature) -> dict[str, float | str]:
@@ -36,20 +46,42 @@ def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvatur
 
     Returns:
         `curvature_scale`: curvature along gradients of rows, in nats. `damping`: that which does best.
-        `damping_tried`: every damping with its criterion, in nats; lower is better. Empty details if the loss does not bend.
+        `damping_tried`: every damping with its criterion, lower is better: in nats (of a curvature
+        that is not exact, for gradients of length 1). Empty details if the loss does not bend.
     """
-    rows = single_rows(setting.probe, ROWS)
+    fitting = VECTOR_BYTES // (VECTORS_HELD * parameters.size * 4)
+    rows = single_rows(setting.probe, min(ROWS, max(FEWEST_ROWS, fitting)))
     slope_QP = torch.stack([setting.slope(parameters, row) for row in rows])
     scale = _mean_share(dot(slope_QP, _bent(setting, parameters, setting.rest, slope_QP)), dot(slope_QP, slope_QP))
     if not scale > 0:
         return {"curvature_scale": scale}
-    dampings = [share * scale for share in SHARES]
     tensors = curvature.fit(setting.base, setting.task, parameters, setting.rest, setting.seed)
     curvature.load(setting.base, setting.task, parameters, setting.rest, tensors)
-    costs = [_cost(setting, parameters, rows, slope_QP, step_QP) for step_QP in curvature.solve(slope_QP, dampings)]
-    best = min(range(len(costs)), key=costs.__getitem__)
-    tried = ", ".join(f"{damping:.3g}: {cost:.4g}" for damping, cost in zip(dampings, costs, strict=True))
-    return {"curvature_scale": scale, "damping": dampings[best], "damping_tried": tried}
+    if not curvature.exact:
+        slope_QP = slope_QP / slope_QP.norm(dim=1, keepdim=True).clamp(min=torch.finfo(slope_QP.dtype).tiny)
+    costs: dict[float, float] = {}
+    for damping, step_QP in _steps(curvature, slope_QP, scale):
+        scaled_QP = step_QP if curvature.exact else _scaled(setting, parameters, slope_QP, step_QP)
+        costs[damping] = _cost(setting, parameters, rows, slope_QP, scaled_QP)
+    best = min(costs, key=costs.__getitem__)
+    tried = ", ".join(f"{damping:.3g}: {cost:.4g}" for damping, cost in costs.items())
+    return {"curvature_scale": scale, "damping": best, "damping_tried": tried}
+
+
+def _steps(curvature: Curvature, slope_QP: Tensor, scale: float) -> Iterator[tuple[float, Tensor]]:
+    """Every damping, the largest first, and steps with it; those of a factored curvature are not all held at once."""
+    dampings = [share * scale for share in (SHARES if curvature.exact else FINE_SHARES)]
+    if curvature.exact:
+        yield from zip(dampings, curvature.solve(slope_QP, dampings), strict=True)
+    else:
+        yield from ((damping, curvature.solve(slope_QP, [damping])[0]) for damping in dampings)
+
+
+def _scaled(setting: Setting, parameters: Parameters, slope_QP: Tensor, step_QP: Tensor) -> Tensor:
+    """Steps, those shortened that are longer than lowers 1/2 v' G v - v' g most on the rows that the curvature was fitted to."""
+    bent_Q = dot(step_QP, _bent(setting, parameters, setting.rest, step_QP))
+    best_Q = dot(step_QP, slope_QP) / bent_Q.clamp(min=torch.finfo(bent_Q.dtype).tiny)
+    return step_QP * best_Q.clamp(max=1.0).to(step_QP.dtype)[:, None]
 
 
 def _cost(setting: Setting, parameters: Parameters, rows: Sequence[Batch], slope_QP: Tensor, step_QP: Tensor) -> float:

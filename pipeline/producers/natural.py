@@ -91,7 +91,8 @@ class Natural:
         _warn_of_bends(steps)
 
     def _curvature(self) -> Curvature:
-        options = {"iterations": self.iterations, "tolerance": self.tolerance}
+        iterative = self.curvature == "gauss_newton"
+        options = {"iterations": self.iterations, "tolerance": self.tolerance} if iterative else {}
         return cast("Curvature", construct(self.curvature, BUILTIN, options, "producer.curvature"))
 
 

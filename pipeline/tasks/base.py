@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..batches import Sequences
@@ -16,7 +17,10 @@ Batch = Mapping[str, Tensor]
 
 
 class Task(Protocol):
-    """A task adapter. Its constructor takes the spec's options as keyword arguments."""
+    """A task adapter. Its constructor takes the spec's options as keyword arguments.
+
+    A third method is optional; `Samples` says it.
+    """
 
     def columns(self) -> list[Column]:
         """What one example consists of, and from which corpus columns it is read."""
@@ -32,6 +36,23 @@ class Task(Protocol):
         Returns:
             [B] losses in nats, float32 or better, each a function of its own example alone (in eval mode). NaN where an
             example has no loss: the row is then rejected.
+        """
+        ...
+
+
+class Samples(Task, Protocol):
+    """A task that can also draw labels, for curvatures made of gradients; without it they are of the corpus's labels."""
+
+    def sampled(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch with its labels drawn from what the model itself predicts; without gradients.
+
+        The loss must be minus the logarithm of the probability that a label is drawn with: the mean over draws of g g' is
+        then the Gauss-Newton matrix. (Of a loss that is a mean over tokens, that of their sum.)
+
+        Args:
+            model: Base model in eval mode.
+            batch: B examples; not changed.
+            generator: All randomness must come from it; on the model's device.
         """
         ...
 

@@ -48,16 +48,25 @@ class Classification:
 
     def loss_B(self, model: nn.Module, batch: Batch) -> Tensor:
         """See Task. A label outside the model's classes has no loss: NaN."""
-        logits_BC = model(self._normalised(batch["features"]))
-        label_B = batch["label"]
-        if logits_BC.ndim != 2 or len(logits_BC) != len(label_B):
-            raise ContractError(
-                f"the model returned logits of shape {list(logits_BC.shape)}, expected [{len(label_B)}, classes]"
-            )
-        outside_B = (label_B < 0) | (label_B >= logits_BC.shape[1])
-        tempered_BC = to_loss_dtype(logits_BC) / self._temperature
+        label_B, tempered_BC = batch["label"], self._tempered(model, batch)
+        outside_B = (label_B < 0) | (label_B >= tempered_BC.shape[1])
         loss_B = F.cross_entropy(tempered_BC, label_B.masked_fill(outside_B, 0), reduction="none")
         return loss_B.masked_fill(outside_B, torch.nan)
+
+    def sampled(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+        """See Samples: labels drawn at the temperature."""
+        with torch.no_grad():
+            chance_BC = self._tempered(model, batch).softmax(dim=1)
+        return {**batch, "label": torch.multinomial(chance_BC, 1, generator=generator)[:, 0]}
+
+    def _tempered(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits [B, C] over the temperature, float32 or better. Raises ContractError if the model returns anything else."""
+        logits_BC, rows = model(self._normalised(batch["features"])), len(batch["label"])
+        if logits_BC.ndim != 2 or len(logits_BC) != rows:
+            raise ContractError(
+                f"the model returned logits of shape {list(logits_BC.shape)}, expected [{rows}, classes]"
+            )
+        return to_loss_dtype(logits_BC) / self._temperature
 
     def _normalised(self, features: Tensor) -> Tensor:
         channels = (-1, *[1] * (len(self._shape) - 1))

@@ -21,7 +21,7 @@ from ..errors import ContractError, SpecError
 from ..records import Column
 from .base import Batch
 from .text import Text
-from .tokens import IGNORED, require_causal, token_losses
+from .tokens import IGNORED, drawn_tokens, require_causal, token_losses
 
 _Ids = list[int]
 Reduction = Literal["mean", "sum"]
@@ -136,6 +136,14 @@ class CausalLM:
         """See Task: float64, from losses of tokens in float32 or better."""
         return _reduced(self.token_losses_BT(model, batch), batch["labels"][:, 1:], self.per_token)
 
+    def sampled(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+        """See Samples: every token that counts drawn given the text's own tokens before it."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        label_BT = batch["labels"]
+        ahead_BT = torch.nn.functional.pad(label_BT[:, 1:], (0, 1), value=IGNORED)
+        drawn_BT = drawn_tokens(model, inputs, ahead_BT, generator)
+        return {**batch, "labels": torch.cat([label_BT[:, :1], drawn_BT[:, :-1]], dim=1)}
+
     def token_losses_BT(self, model: nn.Module, batch: Batch) -> Tensor:
         """Losses of tokens 1 to T - 1 in nats: [B, T - 1]; 0 for those that do not count."""
         label_BT = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
@@ -212,13 +220,12 @@ class Seq2Seq:
 
     def token_losses_BT(self, model: nn.Module, batch: Batch) -> Tensor:
         """Losses of the target's tokens in nats: [B, T]; 0 behind its end."""
-        label_BT = batch["labels"]
-        first_B1 = torch.full_like(label_BT[:, :1], _first_token(model))
-        before_BT = torch.cat([first_B1, label_BT[:, :-1]], dim=1)
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return token_losses(
-            model, {**inputs, "decoder_input_ids": before_BT.masked_fill(before_BT == IGNORED, 0)}, label_BT
-        )
+        return token_losses(model, _decoder_inputs(model, batch), batch["labels"])
+
+    def sampled(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+        """See Samples: every token drawn given the target's own tokens before it, which stay what the decoder is given."""
+        inputs = _decoder_inputs(model, batch)
+        return {**inputs, "labels": drawn_tokens(model, inputs, batch["labels"], generator)}
 
     def token_ids_BT(self, batch: Batch) -> Tensor:
         """See SequenceTask."""
@@ -227,6 +234,16 @@ class Seq2Seq:
     def token_texts(self, ids: _Ids) -> list[str]:
         """See SequenceTask."""
         return self._text.pieces(ids)
+
+
+def _decoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What the model is called with: the decoder gets the labels one behind, unless the batch says what it gets."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if "decoder_input_ids" in inputs:  # the labels are no longer those of the text
+        return inputs
+    first_B1 = torch.full_like(batch["labels"][:, :1], _first_token(model))
+    before_BT = torch.cat([first_B1, batch["labels"][:, :-1]], dim=1)
+    return {**inputs, "decoder_input_ids": before_BT.masked_fill(before_BT == IGNORED, 0)}
 
 
 def _first_token(model: nn.Module) -> int:

@@ -56,6 +56,26 @@ def token_losses(model: nn.Module, inputs: Batch, label_BT: Tensor) -> Tensor:
     return loss_BT.masked_scatter(counted_BT, loss_M)
 
 
+def drawn_tokens(model: nn.Module, inputs: Batch, label_BT: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels [B, T] as the model would have them: each that is not IGNORED drawn from what it predicts there.
+
+    Args:
+        model: As `token_losses` takes it.
+        inputs: As `token_losses` takes them.
+        label_BT: Says what counts.
+        generator: All randomness comes from it; on the model's device.
+    """
+    counted_BT = label_BT != IGNORED
+    with torch.no_grad():
+        logits_MV = _logits(model, inputs)[counted_BT]
+        size = max(1, CHUNK_BYTES // (logits_MV.shape[-1] * 4))
+        drawn = [
+            torch.multinomial(to_loss_dtype(piece_MV).softmax(dim=-1), 1, generator=generator)[:, 0]
+            for piece_MV in logits_MV.split(size)
+        ]
+    return label_BT.masked_scatter(counted_BT, torch.cat(drawn))
+
+
 def _logits(model: nn.Module, inputs: Batch) -> Tensor:
     out: Any = model(**inputs)
     return out if isinstance(out, Tensor) else out.logits

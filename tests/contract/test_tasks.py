@@ -132,6 +132,36 @@ def test_a_loss_is_that_of_its_example_alone(case):
 
 
 @every_task
+def test_labels_are_drawn_where_they_count_and_nowhere_else(case):
+    """From the generator alone; what the model is given stays, and the losses are those of the labels drawn."""
+    task, model, batch = load_task(case.section()), case.model(), case.spoil(case.batch(20), 3)
+    drawn, again = (task.sampled(model, batch, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+    label = "label" if "label" in batch else "labels"
+    assert all(torch.equal(drawn[name], value) for name, value in batch.items() if name != label)
+    counted = batch[label] != IGNORED
+    assert torch.equal(counted, drawn[label] != IGNORED)
+    assert (drawn[label] != batch[label]).any()
+    moved_B = losses(case, drawn, model) != losses(case, batch, model)
+    assert moved_B[[0, 1, 2, *range(4, 20)]].sum() > 5
+
+
+@every_task
+def test_labels_are_drawn_as_the_model_predicts(case):
+    """The mean loss of what is drawn for 1,000 copies of a row is the entropy of what is predicted, within 3 %."""
+    task, model, batch = load_task(case.section()), case.model(), case.batch(1)
+    copies = {name: value.expand(1000, *value.shape[1:]) for name, value in batch.items()}
+    drawn = task.sampled(model, copies, torch.Generator().manual_seed(1))
+    label, labels = ("label", CLASSES) if "label" in batch else ("labels", VOCABULARY)
+    each = {name: value[:1].expand(labels, *value.shape[1:]) for name, value in drawn.items()}
+    each[label] = torch.arange(labels).reshape(-1, *[1] * (each[label].ndim - 1)).expand(each[label].shape)
+    with torch.no_grad():
+        loss_L = getattr(task, "token_losses_BT", task.loss_B)(model, each)
+    entropy = (loss_L.neg().exp() * loss_L).sum(dim=0).mean()
+    assert entropy.item() == pytest.approx(losses(case, drawn, model).mean().item(), rel=0.03)
+
+
+@every_task
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_of_a_half_precision_model_are_float32(case, dtype):
     """The loss itself is computed in float32 or better, near the float32 model's: 2 %."""

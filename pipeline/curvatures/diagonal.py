@@ -1,0 +1,60 @@
+"""The diagonal of the Fisher matrix, as in Attribution by Unlearning (Wang et al. 2024, 2406.09408).
+
+Shapes: Q vectors, P numbers of the chosen parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..tasks.base import Batch, Task, to_loss_dtype
+from .base import Parameters, Sample
+from .fisher import with_drawn_labels
+from .per_example import PerExample
+
+
+class Diagonal:
+    """G = diagonal of the mean over the sample of g g', g an example's gradient. See Curvature."""
+
+    exact: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._diagonal_P: Tensor | None = None
+
+    def fit(
+        self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int
+    ) -> Mapping[str, Tensor]:
+        """See Curvature: a tensor of each parameter's shape, under its name."""
+        drawn = with_drawn_labels(model, task, sample, seed, parameters.device)
+        return mean_squares(PerExample(model, task, parameters, drawn), parameters, drawn, parameters.names)
+
+    def load(
+        self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """See Curvature."""
+        self._diagonal_P = parameters.flat([tensors[name] for name in parameters.names])
+
+    def solve(self, slope_QP: Tensor, dampings: Sequence[float]) -> list[Tensor]:
+        """See Curvature."""
+        assert self._diagonal_P is not None, "load it first"
+        return [(slope_QP / (self._diagonal_P + damping)).to(slope_QP.dtype) for damping in dampings]
+
+
+def mean_squares(
+    per_example: PerExample, parameters: Parameters, sample: Sample, names: Collection[str]
+) -> dict[str, Tensor]:
+    """Mean over a sample of the squares of per-example gradients: name -> [*shape], float32 or better."""
+    like = {name: parameters.tensors[name].detach() for name in parameters.names if name in names}
+
+    def squares(batch: Batch) -> dict[str, Tensor]:
+        total = {name: torch.zeros_like(to_loss_dtype(each)) for name, each in like.items()}
+        for name, gradient in per_example.gradients(batch, names):
+            total[name] += (gradient**2).sum(dim=0)
+        return total
+
+    sums = sample.sums(squares, like)
+    return {name: (each / sample.rows).to(to_loss_dtype(like[name]).dtype) for name, each in sums.items()}

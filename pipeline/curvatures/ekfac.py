@@ -1,0 +1,165 @@
+"""The Fisher matrix layer by layer in a Kronecker-factored eigenbasis with corrected eigenvalues: EK-FAC.
+
+George et al. 2018 (1806.03884), as used for influence by Grosse et al. 2023 (2308.03296). For a layer with inputs a (a 1 among
+them for the bias) and output gradients d, an example's gradient is the matrix g = sum over positions of d a'. The eigenvectors
+of E[a a'] and E[d d'] together are a basis in which the Fisher matrix is nearly diagonal; its diagonal there, E[(Q_d' g Q_a)^2],
+is measured in a second pass.
+
+Shapes: Q vectors, P numbers of the chosen parameters, B rows of a batch, T positions, I inputs of a layer, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..tasks.base import Batch, Task, to_loss_dtype
+from .base import Parameters, Sample
+from .diagonal import mean_squares
+from .fisher import with_drawn_labels
+from .layers import Layer, layers_in
+from .per_example import PerExample, Seen
+
+LARGEST_SIDE = 16384
+"""Layers with more inputs or outputs than this (vocabularies) are left to the diagonal: a covariance of them fills gigabytes."""
+_INPUTS, _OUTPUTS, _VALUES, _DIAGONAL = "input_basis", "output_basis", "eigenvalues", "diagonal"
+
+
+class EKFAC:
+    """G = Q diag(eigenvalues) Q' for each layer by itself, its weight and bias together. See Curvature.
+
+    Layers are nn.Linear, nn.Conv1d, nn.Conv2d (without groups) and the Conv1D of transformers, called once or several times.
+    All else gets the diagonal of its Fisher matrix: norms, embeddings, grouped convolutions, weights that are tied or used by
+    other means than their layer's call (in nn.MultiheadAttention), layers that are not called with rows along the first axis, and
+    those with a side beyond LARGEST_SIDE.
+    """
+
+    exact: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._parameters: Parameters | None = None
+        self._layers: dict[str, Layer] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def fit(
+        self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int
+    ) -> Mapping[str, Tensor]:
+        """See Curvature.
+
+        Returns:
+            Of every layer, by the name of its weight: `WEIGHT/input_basis` [I, I] and `WEIGHT/output_basis` [O, O], eigenvectors
+            in columns, and `WEIGHT/eigenvalues` [O, I]. Of every other parameter `PARAMETER/diagonal` [*shape].
+        """
+        drawn = with_drawn_labels(model, task, sample, seed, parameters.device)
+        per_example = PerExample(model, task, parameters, drawn)
+        sides = {name: _sides(layer, parameters) for name, layer in per_example.layers.items()}
+        layers = {name: layer for name, layer in per_example.layers.items() if max(sides[name]) <= LARGEST_SIDE}
+        kept = {name for layer in layers.values() for name in layer.names}
+        others = [name for name in parameters.names if name not in kept]
+        tensors = _bases(per_example, drawn, {name: sides[name] for name in layers}, parameters)
+        tensors |= _eigenvalues(per_example, drawn, {name: sides[name] for name in layers}, parameters, tensors)
+        diagonal = mean_squares(per_example, parameters, drawn, others) if others else {}
+        return tensors | {f"{name}/{_DIAGONAL}": each for name, each in diagonal.items()}
+
+    def load(
+        self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """See Curvature."""
+        layers = layers_in(model, parameters)
+        self._layers = {name: layer for name, layer in layers.items() if f"{name}/{_VALUES}" in tensors}
+        self._parameters, self._tensors = parameters, dict(tensors)
+
+    def solve(self, slope_QP: Tensor, dampings: Sequence[float]) -> list[Tensor]:
+        """See Curvature."""
+        assert self._parameters is not None, "load it first"
+        slopes, tensors = self._parameters.split(slope_QP), self._tensors
+        turned = {name: self._turned(name, layer.joined(slopes)) for name, layer in self._layers.items()}
+        found = []
+        for damping in dampings:
+            solved: dict[str, Tensor] = {}
+            for name, layer in self._layers.items():
+                divided_QOI = turned[name] / (tensors[f"{name}/{_VALUES}"] + damping)
+                back_QOI = tensors[f"{name}/{_OUTPUTS}"] @ divided_QOI @ tensors[f"{name}/{_INPUTS}"].mT
+                solved |= layer.parted(back_QOI)
+            for name, slope in slopes.items():
+                if name not in solved:
+                    solved[name] = slope / (tensors[f"{name}/{_DIAGONAL}"] + damping)
+            found.append(self._parameters.flat([solved[name] for name in slopes]).to(slope_QP.dtype))
+        return found
+
+    def _turned(self, name: str, matrix_QOI: Tensor) -> Tensor:
+        """A gradient in a layer's eigenbasis."""
+        input_II, output_OO = self._tensors[f"{name}/{_INPUTS}"], self._tensors[f"{name}/{_OUTPUTS}"]
+        return output_OO.mT @ matrix_QOI.to(input_II.dtype) @ input_II
+
+
+def _sides(layer: Layer, parameters: Parameters) -> tuple[int, int]:
+    """Outputs and inputs of a layer, one more for a bias."""
+    tensors = {name: parameters.tensors[name].detach()[None] for name in layer.names}
+    _, outputs, inputs = layer.joined(tensors).shape
+    return outputs, inputs
+
+
+def _bases(
+    per_example: PerExample, sample: Sample, sides: Mapping[str, tuple[int, int]], parameters: Parameters
+) -> dict[str, Tensor]:
+    """Eigenvectors of the covariances of every layer's inputs and output gradients.
+
+    Positions at which a loss does not depend on the output (padding, what a pooling passed over) are left out: they have no part
+    in any gradient.
+    """
+    like = {}
+    for name, (outputs, inputs) in sides.items():
+        slot = parameters.tensors[name].detach()
+        like[f"{name}/{_INPUTS}"] = slot.new_zeros(()).expand(inputs, inputs)
+        like[f"{name}/{_OUTPUTS}"] = slot.new_zeros(()).expand(outputs, outputs)
+
+    def covariances(batch: Batch) -> dict[str, Tensor]:
+        found = {}
+        for seen in per_example.seen(batch, sides) if sides else ():
+            slope_NO, input_NI = seen.slope_BTO.flatten(0, 1), seen.input_BTI.flatten(0, 1)
+            there_N = (slope_NO != 0).any(dim=1)
+            found[f"{seen.layer.weight}/{_INPUTS}"] = input_NI[there_N].mT @ input_NI[there_N]
+            found[f"{seen.layer.weight}/{_OUTPUTS}"] = slope_NO.mT @ slope_NO
+        return found
+
+    sums = sample.sums(covariances, like)
+    return {name: _eigenvectors(sums[name], sample).to(to_loss_dtype(each).dtype) for name, each in like.items()}
+
+
+def _eigenvectors(matrix: Tensor, sample: Sample) -> Tensor:
+    """In columns; those of the first worker, since several may be right and all must turn the same way."""
+    vectors = torch.linalg.eigh(matrix).eigenvectors.contiguous()
+    if sample.is_split:
+        dist.broadcast(vectors, 0)
+    return vectors
+
+
+def _eigenvalues(
+    per_example: PerExample,
+    sample: Sample,
+    sides: Mapping[str, tuple[int, int]],
+    parameters: Parameters,
+    bases: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Mean squares of per-example gradients in the eigenbasis: [O, I] of every layer."""
+    like = {name: parameters.tensors[name].new_zeros(()).expand(side) for name, side in sides.items()}
+
+    def squares(batch: Batch) -> dict[str, Tensor]:
+        found = {}
+        for seen in per_example.seen(batch, sides) if sides else ():
+            name = seen.layer.weight
+            turned = Seen(
+                seen.layer, seen.input_BTI @ bases[f"{name}/{_INPUTS}"], seen.slope_BTO @ bases[f"{name}/{_OUTPUTS}"]
+            )
+            found[name] = turned.sum_of_squares()
+        return found
+
+    sums = sample.sums(squares, like)
+    return {
+        f"{name}/{_VALUES}": (total / sample.rows).to(to_loss_dtype(like[name]).dtype) for name, total in sums.items()
+    }
