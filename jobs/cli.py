@@ -238,7 +238,10 @@ def evaluate(spec: SpecArgument, set_: SetOption = None) -> None:
 
 @app.command()
 def fields(
-    section: Annotated[str | None, typer.Argument(help="A section of the spec, as in `producer`.")] = None,
+    section: Annotated[
+        str | None,
+        typer.Argument(help="A section of the spec, as in `producer`; or of the judge's, as in `evaluate.lds`."),
+    ] = None,
 ) -> None:
     """Explain the spec: every field with its type, default, meaning and unit."""
     from . import display

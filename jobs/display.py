@@ -226,10 +226,14 @@ def show_judgements(found: Sequence[Judgement], uri: str) -> None:
 
 def show_fields(section: str | None) -> None:
     """Every field of the spec. Raises SpecError for a section that there is not."""
+    from pipeline.judge import Judge
     from pipeline.sections import unknown_word
     from pipeline.specfile import sections_of
 
-    sections = sections_of()
+    judging = {
+        ("evaluate" if path == "spec" else f"evaluate.{path}"): kind for path, kind in sections_of(Judge).items()
+    }
+    sections = sections_of() | {path: kind for path, kind in judging.items() if "resources" not in path}
     known = {path.split(" ")[0] for path in sections}
     if section is not None and section not in known:
         raise SpecError(f"section {unknown_word(section, known)}")

@@ -172,14 +172,23 @@ class Run(Folder):
         meta = {"details": dict(details), "fingerprint": self.additions[0].fingerprint, "tensors": written}
         self.write_json(meta, "fitted", "meta.json")
 
+    def fitted_meta(self) -> dict[str, Any]:
+        """What commits it. Raises InputError if nothing was fitted, ArtifactError if it is damaged or of another run."""
+        meta = self.read_json("fitted", "meta.json")
+        if not isinstance(meta, dict) or not {"details", "tensors"} <= meta.keys():
+            raise ArtifactError(f"{self.uri('fitted', 'meta.json')} is damaged")
+        self._require_own(meta.get("fingerprint"), "fitted/meta.json")
+        return meta
+
     def fitted(self) -> tuple[bytes, dict[str, Any]] | None:
         """The tensors and details that a producer fitted to the corpus; null if it has not yet, or they are damaged."""
         try:
-            meta = self.read_json("fitted", "meta.json")
+            meta = self.fitted_meta()
             data = storage.read_bytes(self.uri("fitted", meta["tensors"]["name"]))
+        except ForeignError:
+            raise
         except (InputError, ArtifactError):
             return None
-        self._require_own(meta.get("fingerprint"), "fitted/meta.json")
         return (data, meta["details"]) if storage.bytes_digest(data) == meta["tensors"]["sha256"] else None
 
     # --- commits of shards -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from .works import Receipt, Work, work_name
 
 RECHECK_BYTES = 1 << 30
 """Up to so much, a start reads again all that is committed; beyond, it looks at sizes and leaves the rest to `verify`."""
-_DATA = ("scores/", "partials/", "rejects/", "counterparts/")
+_DATA = ("scores/", "partials/", "rejects/", "counterparts/", "fitted/")
 _OURS = (*_DATA, "commits/", "additions/", ".train-", ".probe-")
 """Where something that nobody names is a leaving of ours; what else lies in the folder is somebody's own."""
 _TEMPORARY = re.compile(r"(?:(?:topk|report|lake)/)?\.[^/]+\.[0-9a-f]{32}\.tmp")
@@ -97,7 +97,7 @@ def audit(run: Run, read_at_most: float = float("inf"), shown: bool = True) -> A
     data_bytes = sum(each.size_bytes for path, each in stored.items() if path.startswith(_DATA))
     look = _Look(run, stored, deep=data_bytes <= read_at_most)
     found = Audit(works=run.number_of_works, commits=len(committed), counterparts=len(made))
-    named = _check_frozen(look, found)
+    named = _check_frozen(look, found) | _check_fitted(look, found)
     for query_id in sorted(made):
         named |= _check_counterpart(look, found, query_id)
     read: set[str] = set()
@@ -264,6 +264,22 @@ def _check_ranking(look: _Look, found: Audit) -> set[str]:
     for name, sha256 in tables.items():
         found.damage += [Finding(f"topk/{name}", what, meta) for what in look.wrong(f"topk/{name}", sha256, None)]
     return {meta, *(f"topk/{name}" for name in tables)}
+
+
+def _check_fitted(look: _Look, found: Audit) -> set[str]:
+    """Paths of what a producer fitted to the corpus, if it did."""
+    meta = "fitted/meta.json"
+    try:
+        written = look.run.fitted_meta()["tensors"]
+    except InputError:
+        return set()
+    except ArtifactError as error:
+        foreign = isinstance(error, ForeignError)
+        found.damage.append(Finding(meta, error.message, commit=None if foreign else meta))
+        return {meta}
+    tensors = f"fitted/{written['name']}"
+    found.damage += [Finding(tensors, what, meta) for what in look.wrong(tensors, written["sha256"], written["bytes"])]
+    return {meta, tensors}
 
 
 def _check_counterpart(look: _Look, found: Audit, query_id: str) -> set[str]:

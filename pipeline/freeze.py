@@ -20,7 +20,7 @@ from .artifacts import Run
 from .corpus import Corpus, open_format, payload_names, require_free_names
 from .digests import MODEL_URIS, input_digests, queries_digest
 from .errors import ArtifactError, InputError, SpecError
-from .extensions import load_loader, load_producer, load_task, needs_query
+from .extensions import load_loader, load_producer, load_task, needs_query, sample_rows
 from .folder import partition
 from .formats.base import corpus_root, relative_path
 from .frozen import create_addition, create_run, is_run, open_run, save_spec
@@ -96,7 +96,7 @@ def _survey(spec: Spec) -> Run:
     with user_code(f"task: {spec.task.implementation}"):
         task = load_task(spec.task)
         columns = task.columns()
-    _require_queries_if_needed(spec)
+    _require_fitting_producer(spec)
     load_loader(spec.model)
     corpus = Corpus(spec.corpus)
     measured = corpus.measure(corpus.list_files(), columns)
@@ -116,11 +116,16 @@ def _survey(spec: Spec) -> Run:
     return Run(resolved, Manifest.of(shards), tuple(columns), queries, (first,))
 
 
-def _require_queries_if_needed(spec: Spec) -> None:
-    """See that there are queries for a producer that tunes on them, and none for one that does not. Raises SpecError."""
+def _require_fitting_producer(spec: Spec) -> None:
+    """See that the producer gets queries if it tunes on them, else none, and workers as it can use them. Raises SpecError."""
     needed, name = needs_query(load_producer(spec.producer)), spec.producer.implementation
     if needed and spec.queries is None:
         raise SpecError(f"queries: missing; producer {name} tunes on them", "name a file of rows to ask about")
+    if sample_rows(load_producer(spec.producer)) and spec.resources.tune.shard:
+        raise SpecError(
+            f"resources.tune.shard: producer {name} shares out its sample, not the model",
+            "leave shard out; workers solve together anyway",
+        )
     if not needed and spec.queries is not None:
         raise SpecError(f"queries: producer {name} tunes on none: it makes one counterpart", "leave the section out")
 

@@ -172,7 +172,7 @@ def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], path: st
 
 def sections_of(section: type[Section] = Spec, path: str = "") -> dict[str, type[Section]]:
     """Dotted path (and, where there is a choice, the word that chooses) -> section, for documentation."""
-    found: dict[str, type[Section]] = {} if path else {"spec": Spec}
+    found: dict[str, type[Section]] = {} if path else {"spec": section}
     for name, field in section.model_fields.items():
         choices = _sections(field.annotation, field.metadata)
         for tag, kind in choices.items():

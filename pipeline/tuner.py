@@ -207,10 +207,13 @@ class Tuner:
             data, details = found[0]
             return Fitted({name: tensor.to(self._device) for name, tensor in load(data).items()}, details)
         fitted = producer.fit(setting)
+        chosen = [fitted.details]
+        if several:  # tensors are sums over all workers; what is chosen by them is the first one's choice
+            dist.broadcast_object_list(chosen)
         if not several or dist.get_rank() == 0:
             tensors = {name: tensor.contiguous().cpu() for name, tensor in fitted.tensors.items()}
             self._run.commit_fitted(save(tensors), fitted.details)
-        return fitted
+        return Fitted(fitted.tensors, chosen[0])
 
     def _produce(self, query: Batch, seed: int) -> Produced | None:
         """The producer's counterpart; null at workers that only helped with one that all make together."""

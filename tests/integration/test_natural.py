@@ -1,0 +1,107 @@
+"""Natural runs, without Ray: what is fitted once, kept, used again by what comes later, and mended when it is damaged."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.audit import audit
+from pipeline.errors import SpecError
+from pipeline.freeze import extend, freeze
+from pipeline.frozen import open_run
+from pipeline.run import finish
+from pipeline.sample import SMALL, draw_sample
+from pipeline.tuner import Tuner
+from tests.conftest import run_without_ray
+from tests.small import Small, one_thread, work_off
+
+pytestmark = pytest.mark.slow  # every one tunes
+NATURAL = "producer={name: natural, sample_rows: 64}"
+
+
+@pytest.fixture
+def small(tmp_path):
+    (tmp_path / "world").mkdir()
+    with one_thread():
+        yield Small(tmp_path / "world")
+
+
+def fitted(run) -> Path:
+    return Path(run.uri("fitted"))
+
+
+def test_a_run_is_sealed_and_every_object_is_named(make_spec):
+    """Fitted tensors and their meta.json belong to the run, and nothing is left over."""
+    run = run_without_ray(make_spec(NATURAL))
+    finish(run)
+    found = audit(open_run(run.uri()))
+    assert [] == found.damage
+    assert {} == found.orphans
+    details = run.counterpart_meta("copy-of-3")["details"]
+    assert details["damping"] == run.fitted_meta()["details"]["damping"]
+
+
+def test_a_counterpart_that_is_lost_comes_back_the_same(make_spec):
+    """To the byte, though it is tuned alone this time: the damping is kept, and queries do not touch each other."""
+    run = run_without_ray(make_spec(NATURAL))
+    before = run.counterpart_tensors("copy-of-3")
+    Path(run.uri("counterparts", "query_id=copy-of-3", "meta.json")).unlink()
+    written = fitted(run).joinpath("meta.json").stat().st_mtime_ns
+    Tuner(run, "cpu").tune("copy-of-3")
+    assert before == run.counterpart_tensors("copy-of-3")
+    assert written == fitted(run).joinpath("meta.json").stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("damaged", ["meta.json", "tensors"])
+def test_what_was_fitted_is_made_anew_when_it_is_damaged(make_spec, damaged):
+    """`verify` finds it, and the next query that is tuned fits again."""
+    run = run_without_ray(make_spec("producer={name: natural, curvature: diagonal}"))
+    name = "meta.json" if damaged == "meta.json" else run.fitted_meta()["tensors"]["name"]
+    before = fitted(run).joinpath(name).read_bytes()
+    fitted(run).joinpath(name).write_bytes(b"{}")
+    assert any(finding.path.startswith("fitted/") for finding in audit(open_run(run.uri())).damage)
+    Path(run.uri("counterparts", "query_id=copy-of-3", "meta.json")).unlink()
+    Tuner(run, "cpu").tune("copy-of-3")
+    assert before == fitted(run).joinpath(name).read_bytes()
+
+
+def test_queries_that_come_later_use_what_was_fitted(small, tmp_path):
+    """An extended run has the damping of its first start, and the scores of a run made of everything at once."""
+    natural = "producer={name: natural, damping: null}"
+    run = work_off(freeze(small.spec(tmp_path / "run", natural)))
+    queries, _ = small.later
+    grown = work_off(extend(run.uri(), queries, None))
+    dampings = {grown.counterpart_meta(query_id)["details"]["damping"] for query_id in grown.query_ids}
+    assert 1 == len(dampings)
+
+
+def test_other_batches_are_another_run_but_nearly_the_same_scores(make_spec):
+    """The sample is the same rows; sums over other batches differ in rounding alone."""
+    one = run_without_ray(make_spec("producer={name: natural, damping: 0.01}", name="one"))
+    other = run_without_ray(make_spec("producer={name: natural, damping: 0.01}", "score.batch_rows=64", name="other"))
+    ours, theirs = (run.counterpart_meta("copy-of-3") for run in (one, other))
+    assert ours["change_norm"] == pytest.approx(theirs["change_norm"], rel=1e-3)
+
+
+def test_a_sample_has_three_parts_that_share_no_row(make_spec):
+    """Of 64 rows: an eighth is the probe, a fifth is held out, the rest is the rest; the same at every start."""
+    run = freeze(make_spec(NATURAL))
+    task = Tuner(run, "cpu")._task
+    drawn, again = draw_sample(run, task, 64), draw_sample(run, task, 64)
+    assert (8, 12, 44) == (drawn.probe.items, drawn.held_out.items, drawn.rest.items)
+    parts = [part.whole()["features"] for part in (drawn.probe, drawn.held_out, drawn.rest)]
+    assert 64 == len({row.tobytes() for part in parts for row in part})
+    assert (parts[2] == again.rest.whole()["features"]).all()
+
+
+def test_of_a_tiny_corpus_every_part_is_all_of_it(small, tmp_path):
+    """13 rows of which one cannot be decoded."""
+    run = freeze(small.spec(tmp_path / "run"))
+    drawn = draw_sample(run, Tuner(run, "cpu")._task, 4096)
+    assert 12 < SMALL
+    assert [12] * 3 == [part.items for part in (drawn.probe, drawn.held_out, drawn.rest)]
+
+
+def test_a_shared_model_is_refused_before_any_work(make_spec):
+    """Workers share out the sample, not the model."""
+    with pytest.raises(SpecError, match=r"resources\.tune\.shard: producer natural"):
+        freeze(make_spec(NATURAL, "resources.tune.shard=true"))
