@@ -65,10 +65,9 @@ class Tuner:
         """
         if self._sample_rows:
             try:
-                self._tune_with_sample(query_ids)
+                return self._tune_with_sample(query_ids)
             except PipelineError as error:
                 return unless_retryable(error)
-            return []
         failures = []
         for query_id in query_ids:
             try:
@@ -87,7 +86,9 @@ class Tuner:
         import torch
 
         if self._sample_rows:
-            return self._tune_with_sample([query_id])
+            for failure in self._tune_with_sample([query_id]):
+                raise failure
+            return
         started_s = time.monotonic()
         query = self._batch(query_id)
         seed = query_seed(self._run.spec.seed, query_id)
@@ -96,28 +97,32 @@ class Tuner:
             produced = self._produce(query, seed)
         if produced is not None:
             self._commit(query_id, query, seed, produced, time.monotonic() - started_s)
-        return None
 
-    def _tune_with_sample(self, query_ids: Sequence[str]) -> None:
+    def _tune_with_sample(self, query_ids: Sequence[str]) -> list[PipelineError]:
         """Make and commit counterparts by a producer that looks at the corpus, together with the other workers."""
         import torch
         import torch.distributed as dist
 
-        from .producers.base import SampleProducer
+        from .producers.base import Produced, SampleProducer
 
-        producer = cast(SampleProducer, self._producer)
+        producer, failures = cast(SampleProducer, self._producer), list[PipelineError]()
         queries = {query_id: self._batch(query_id) for query_id in query_ids}
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
         seed = query_seed(self._run.spec.seed, "")
         started_s = time.monotonic()
         with self._about(f"{len(queries)} queries"), torch.random.fork_rng():
             torch.manual_seed(seed)
             setting = self._setting(seed)
-            made = producer.produce_all(setting, queries, self._fitted(producer, setting))
-            for query_id, produced in made:
-                if not dist.is_initialized() or dist.get_rank() == 0:
-                    seconds = time.monotonic() - started_s
-                    self._commit(query_id, queries[query_id], seed, produced, seconds)
+            for query_id, produced in producer.produce_all(setting, queries, self._fitted(producer, setting)):
+                if is_first and isinstance(produced, Produced):
+                    try:
+                        self._commit(query_id, queries[query_id], seed, produced, time.monotonic() - started_s)
+                    except PipelineError as error:
+                        failures += unless_retryable(error)
+                elif is_first:
+                    failures.append(cast(PipelineError, produced))
                 started_s = time.monotonic()
+        return failures
 
     def _commit(self, query_id: str, query: Batch, seed: int, produced: Produced, seconds: float) -> None:
         """Check and commit a counterpart. Raises as `tune` does."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..changes import LowRank
 from ..curvatures.base import Parameters, Sample
+from ..errors import NumericsError
 from ..tasks.base import Batch, Task
 
 
@@ -116,8 +117,8 @@ class SampleProducer(Protocol):
 
     def produce_all(
         self, setting: Setting, queries: Mapping[str, Batch], fitted: Fitted
-    ) -> Iterator[tuple[str, Produced]]:
-        """Query id and counterpart, one after the other in the queries' order: the same at every worker.
+    ) -> Iterator[tuple[str, Produced | NumericsError]]:
+        """Query id and counterpart, or what stands in the way of this one alone: the same, in the same order, at every worker.
 
         Args:
             setting: As `fit` saw it.
@@ -125,7 +126,6 @@ class SampleProducer(Protocol):
             fitted: What `fit` found out, perhaps at an earlier start.
 
         Raises:
-            ContractError: The model or a query does not fit the producer.
-            NumericsError: A gradient or weight is not finite.
+            ContractError: The model or task does not fit the producer.
         """
         ...

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor
 
 from ..curvatures import BUILTIN
 from ..curvatures.base import Curvature, Parameters
@@ -67,12 +66,8 @@ class Natural:
 
     def produce_all(
         self, setting: Setting, queries: Mapping[str, Batch], fitted: Fitted
-    ) -> Iterator[tuple[str, Produced]]:
-        """See SampleProducer.
-
-        Raises:
-            NumericsError: A query's gradient vanishes, or is not finite.
-        """
+    ) -> Iterator[tuple[str, Produced | NumericsError]]:
+        """See SampleProducer."""
         parameters, curvature = Parameters(setting.base, self.parameters), self._curvature()
         curvature.load(setting.base, setting.task, parameters, setting.everything, fitted.tensors)
         stepper, steps = Stepper(setting.base, setting.task, parameters, setting.probe), {}
@@ -80,12 +75,24 @@ class Natural:
         query_ids = list(queries)
         for some in (query_ids[start : start + block] for start in range(0, len(query_ids), block)):
             slope_QP = torch.stack([setting.slope(parameters, queries[query_id]) for query_id in some])
-            _require_slopes(slope_QP, some)
-            direction_QP = curvature.solve(slope_QP, [float(fitted.details["damping"])])[0]
+            sloping_Q = slope_QP.double().norm(dim=1)
+            good_Q = (sloping_Q > 0) & sloping_Q.isfinite()
+            for query_id, length in zip(some, sloping_Q.tolist(), strict=True):
+                if not 0 < length < math.inf:
+                    yield query_id, _without_slope(query_id, length)
+            if not good_Q.any():
+                continue
+            direction_QP = curvature.solve(slope_QP[good_Q], [float(fitted.details["damping"])])[0]
             expected_QN = stepper.derivatives(direction_QP)
-            rise_Q = dot(slope_QP, direction_QP).tolist()
-            for query_id, direction_P, slope, expected_N in zip(some, direction_QP, rise_Q, expected_QN, strict=True):
-                steps[query_id] = step = stepper.choose(direction_P, slope, expected_N, self.step)
+            rise_Q = dot(slope_QP[good_Q], direction_QP).tolist()
+            good = [query_id for query_id, is_good in zip(some, good_Q.tolist(), strict=True) if is_good]
+            for query_id, direction_P, slope, expected_N in zip(good, direction_QP, rise_Q, expected_QN, strict=True):
+                try:
+                    step = stepper.choose(direction_P, slope, expected_N, self.step)
+                except NumericsError as error:
+                    yield query_id, NumericsError(f"query {query_id!r}: {error.message}", error.hint)
+                    continue
+                steps[query_id] = step
                 model = copy.deepcopy(stepper.taken(step.length * direction_P))
                 yield query_id, Produced(model, 1, {**fitted.details, **asdict(step)})
         _warn_of_bends(steps)
@@ -96,15 +103,9 @@ class Natural:
         return cast("Curvature", construct(self.curvature, BUILTIN, options, "producer.curvature"))
 
 
-def _require_slopes(slope_QP: Tensor, query_ids: Sequence[str]) -> None:
-    for query_id, length in zip(query_ids, slope_QP.double().norm(dim=1).tolist(), strict=True):
-        if not 0 < length < math.inf:
-            raise NumericsError(
-                f"query {query_id!r}: its gradient has length {length}",
-                "the model is certain of it: no direction leads away"
-                if length == 0
-                else "check its rows and the weights",
-            )
+def _without_slope(query_id: str, length: float) -> NumericsError:
+    hint = "the model is certain of it: no direction leads away" if length == 0 else "check its rows and the weights"
+    return NumericsError(f"query {query_id!r}: its gradient has length {length}", hint)
 
 
 def _warn_of_bends(steps: Mapping[str, Step]) -> None:

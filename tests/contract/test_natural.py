@@ -273,16 +273,19 @@ def test_the_damping_chosen_is_the_cheapest_on_held_out_rows():
     assert min(tried, key=tried.__getitem__) == pytest.approx(details["damping"], rel=0.01)
 
 
-def test_a_query_without_a_slope_is_a_numerics_error():
-    """A loss that is exactly zero leads nowhere."""
+def test_a_query_without_a_slope_does_not_stop_the_others():
+    """A loss that is exactly zero leads nowhere: that is said of this query, and the others get their counterparts."""
     model, batch = made(perceptron, torch.float32)
     setting, producer = setting_of(model, batch), natural(damping=0.1)
-    fitted = producer.fit(setting)
     with torch.no_grad():
-        model[2].bias += torch.tensor([1e4, 0, 0])
+        model[2].bias[0] = 1e4
     certain = {"features": batch["features"][:1], "label": torch.tensor([0])}
-    with pytest.raises(NumericsError, match="query 'a': its gradient has length 0"):
-        list(producer.produce_all(setting, {"a": certain}, fitted))
+    wrong = {"features": batch["features"][:1], "label": torch.tensor([1])}
+    queries = {"a": wrong, "certain": certain, "b": wrong}
+    made_of = dict(producer.produce_all(setting, queries, producer.fit(setting)))
+    assert isinstance(made_of["certain"], NumericsError)
+    assert "query 'certain': its gradient has length 0" in str(made_of["certain"])
+    assert ["a", "b"] == sorted(query_id for query_id, each in made_of.items() if not isinstance(each, NumericsError))
 
 
 def test_a_loss_that_does_not_bend_is_a_numerics_error():

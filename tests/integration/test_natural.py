@@ -105,3 +105,15 @@ def test_a_shared_model_is_refused_before_any_work(make_spec):
     """Workers share out the sample, not the model."""
     with pytest.raises(SpecError, match=r"resources\.tune\.shard: producer natural"):
         freeze(make_spec(NATURAL, "resources.tune.shard=true"))
+
+
+def test_a_query_that_fails_leaves_the_others_committed(make_spec):
+    """An image of NaN under a model of its own task: its error comes home, the other query is made."""
+    run = freeze(make_spec(NATURAL))
+    tuner = Tuner(run, "cpu")
+    tuner._queries["copy-of-3"].columns["features"][:] = float("nan")
+    failures = tuner.tune_all(run.query_ids)
+    assert ["query 'copy-of-3': its gradient has length nan"] == [failure.message for failure in failures]
+    assert {"copy-of-77"} == run.committed_queries()
+    only_bad = tuner.tune_all(["copy-of-3"])
+    assert 1 == len(only_bad)
