@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from .errors import ClusterError, PipelineError, first_line
 from .observe import duration, every, say
-from .spec import ResourcesSection
+from .spec import ResourcesSection, ScoreResources
 
 SILENCE_S = 300.0
 """Without progress for so long, the watchdog says what the cluster has free."""
@@ -153,6 +153,15 @@ def room(cpus: float, gpus: float, what: str) -> int:
     there = ray.cluster_resources()
     by_cpu = (there.get("CPU", 0.0) - 1) // cpus
     return max(1, int(min(by_cpu, there.get("GPU", 0.0) // gpus) if gpus else by_cpu))
+
+
+def actors_of(resources: ScoreResources, works: int) -> int:
+    """Actors to start: as many as the spec says, else as there is room for; no more than there is work. Raises ClusterError."""
+    if resources.actors is None:
+        return min(room(resources.cpus, resources.gpus, "resources.score"), works)
+    actors = min(resources.actors, works)
+    require(actors, resources.cpus, resources.gpus, "resources.score")
+    return actors
 
 
 @contextmanager

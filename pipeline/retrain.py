@@ -22,7 +22,7 @@ import pyarrow as pa
 from . import storage
 from .artifacts import Run
 from .attempts import Worker, start_attempts
-from .cluster import Watchdog, connected, errors_of, require, room
+from .cluster import Watchdog, actors_of, connected, errors_of
 from .errors import ArtifactError, ClusterError, PipelineError
 from .folder import parallel, parquet_bytes, table_of
 from .frozen import open_run
@@ -141,11 +141,7 @@ def _rows(retrainings: Retrainings, missing: Sequence[_Key]) -> Generator[dict[s
     from ray.data import ActorPoolStrategy
 
     resources = retrainings.judge.resources.score
-    if resources.actors is None:
-        actors = min(room(resources.cpus, resources.gpus, "resources.score"), len(missing))
-    else:
-        actors = min(resources.actors, len(missing))
-        require(actors, resources.cpus, resources.gpus, "resources.score")
+    actors = actors_of(resources, len(missing))
     items = [{"part": part, "again": again} for part, again in missing]
     trained = ray.data.from_items(items, override_num_blocks=min(len(items), 32 * actors)).map_batches(
         Retrain,

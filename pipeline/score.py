@@ -20,7 +20,7 @@ import numpy as np
 
 from .artifacts import Run, counterparts_digest
 from .attempts import Attempt, Worker, start_attempts
-from .cluster import Watchdog, errors_of, require, room
+from .cluster import Watchdog, actors_of, errors_of
 from .errors import PipelineError, QuarantineError, UnavailableError
 from .frozen import open_run
 from .observe import Progress, duration, every, say, unsent
@@ -151,11 +151,7 @@ def _wave(run: Run, pending: Sequence[_Key], attempts: Any) -> Iterator[dict[str
     from ray.data import ActorPoolStrategy, DataContext
 
     resources = run.spec.resources.score
-    if resources.actors is None:
-        actors = min(room(resources.cpus, resources.gpus, "resources.score"), len(pending))
-    else:
-        actors = min(resources.actors, len(pending))
-        require(actors, resources.cpus, resources.gpus, "resources.score")
+    actors = actors_of(resources, len(pending))
     DataContext.get_current().max_consecutive_actor_init_deaths = resources.max_failures
     # A shard is known by its number alone: actors read the rest from the manifest.
     items = [{"addition": addition, "shard_id": shard_id} for addition, shard_id in pending]
