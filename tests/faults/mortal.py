@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.producer_choices import Unlearn as Section
 from pipeline.producers.unlearn import Unlearn
+from pipeline.spec import TEMPERATURE
 from pipeline.tasks.classification import Classification
 
 BATCH_ROWS = 32
@@ -81,7 +82,7 @@ class MortalProducer(Unlearn):
 
 class MortalTask(Classification):
     def __init__(self, log, at, how, times):
-        super().__init__("pixels", "label", [1, 8, 8])
+        super().__init__("pixels", "label", [1, 8, 8], temperature=TEMPERATURE)  # as the task it stands for
         self.blows, self.at = Blows(log, how, times), at
 
     def loss_B(self, model, batch):
