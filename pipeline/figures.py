@@ -7,7 +7,8 @@ The same data give the same bytes. Shapes: Q queries, N examples.
 from __future__ import annotations
 
 import io
-import itertools
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ INK, FAINT, RULE, PAPER = "#1b1f24", "#6b7280", "#e5e7eb", "#ffffff"
 BLUE, ORANGE = "#0072b2", "#d55e00"
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 DASHES = ("-", "--", "-.", ":")
+EDGE_IN = 0.15
+TITLE_CHARACTERS, LEGEND_CHARACTERS = 68, 44  # that fit in a line; in one of two columns
 CROWDED = 1500  # points: from here on they are drawn small and faint
 
 
@@ -43,14 +46,14 @@ def scatter(agreement: Agreement, x_N: np.ndarray, y_N: np.ndarray, title: str, 
         ylabel: What y is, with its unit.
 
     Returns:
-        PNG, 1,800 x 1,500 px.
+        PNG, 1,800 px wide.
 
     Raises:
         ValueError: There is nothing to draw, or something that is not finite.
         SpecError: Matplotlib is not installed.
     """
     _must_be_drawable(x_N=x_N, y_N=y_N)
-    figure, axes = _canvas(7.5, title, f"{_correlations(agreement)}   n = {agreement.count:,}")
+    figure, axes = _canvas(7.2, title, f"{_correlations(agreement)}   n = {agreement.count:,}")
     crowded = len(x_N) > CROWDED
     axes.scatter(
         x_N, y_N, s=9 if crowded else 26, c=BLUE, alpha=0.3 if crowded else 0.6, linewidths=0, zorder=3, rasterized=True
@@ -63,7 +66,11 @@ def scatter(agreement: Agreement, x_N: np.ndarray, y_N: np.ndarray, title: str, 
 
 
 def bars(
-    rows: Sequence[tuple[str, float, float, float]], title: str, xlabel: str, reference: float | None = None
+    rows: Sequence[tuple[str, float, float, float]],
+    title: str,
+    xlabel: str,
+    reference: float | None = None,
+    reference_name: str = "reliability of the truth",
 ) -> bytes:
     """Methods by what they reach, best first: a dot, its interval and its figure per row.
 
@@ -71,7 +78,8 @@ def bars(
         rows: Name, mean, low and high end of the interval; in any order.
         title: What is measured, of how many.
         xlabel: The measure, with its unit.
-        reference: Drawn as a line: what is the most to expect, such as the reliability of the truth.
+        reference: Drawn as a line: what the rows are to be read against, such as what the truth allows.
+        reference_name: What that line is.
 
     Returns:
         PNG, 1,800 px wide, as high as the rows ask for.
@@ -82,24 +90,29 @@ def bars(
     """
     ordered = sorted(rows, key=lambda row: -row[1])
     number_RV = np.array([row[1:] for row in ordered], np.float64)
-    _must_be_drawable(rows=number_RV)
+    _must_be_drawable(rows=number_RV, reference=np.array(reference or 0.0))
     mean_R, low_R, high_R = number_RV.T
     place_R = np.arange(len(ordered))
-    figure, axes = _canvas(1.7 + 0.42 * len(ordered), title)
+    figure, axes = _canvas(1.35 + 0.42 * len(ordered) + (reference is not None) * 0.3, title)
     axes.hlines(place_R, low_R, high_R, color=BLUE, linewidth=2.4, zorder=3)
-    axes.scatter(mean_R, place_R, s=60, c=BLUE, edgecolors=PAPER, linewidths=1.2, zorder=4)
+    axes.scatter(mean_R, place_R, s=46, c=BLUE, edgecolors=PAPER, linewidths=1.2, zorder=4)
     axes.set_yticks(place_R, [row[0] for row in ordered], fontsize=LABEL_PT, color=INK)
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     for place, mean in zip(place_R, mean_R, strict=True):
         axes.annotate(
-            f"{mean:.3f}", (1, place), (8, 0), ("axes fraction", "data"), textcoords="offset points", va="center",
-            fontsize=TICK_PT, color=INK, annotation_clip=False,
+            f"{mean:.3f}".replace("-", "\N{MINUS SIGN}"), (1, place), (8, 0), ("axes fraction", "data"),
+            textcoords="offset points", va="center_baseline", fontsize=TICK_PT, color=INK, annotation_clip=False,
         )  # fmt: skip
     if reference is not None:
         axes.axvline(reference, color=ORANGE, linewidth=1.6, linestyle="--", zorder=2)
+        axes.annotate(
+            f"{reference_name} {reference:.3f}", (reference, 1), (0, 4), ("data", "axes fraction"), textcoords="offset points",
+            ha="right" if reference > np.mean(axes.get_xlim()) else "left", fontsize=TICK_PT, color=ORANGE,
+        )  # fmt: skip
     axes.axvline(0, color=FAINT, linewidth=0.8, zorder=1)
     _label(axes, xlabel, "")
     axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     return _png(figure)
 
@@ -112,23 +125,26 @@ def found(curves: Mapping[str, Detection], title: str) -> bytes:
         title: What is looked for, in what.
 
     Returns:
-        PNG, 1,800 x 1,500 px.
+        PNG, 1,800 px wide.
 
     Raises:
         ValueError: There is nothing to draw, or something that is not finite.
         SpecError: Matplotlib is not installed.
     """
     ordered = sorted(curves.items(), key=lambda item: -item[1].auc)
+    if not ordered:
+        raise ValueError("no curves: cannot draw nothing")
     for name, curve in ordered:
         _must_be_drawable(**{f"{name}: found_P": curve.found_P, f"{name}: inspected_P": curve.inspected_P})
     kinds = sorted({f"{curve.count:,} bad of {len(curve.found_P) - 1:,}" for _, curve in ordered})
-    figure, axes = _canvas(7.5, title, "; ".join(kinds))
-    for (name, curve), style in zip(ordered, _styles(), strict=False):
-        axes.plot(100 * curve.inspected_P, 100 * curve.found_P, label=f"{name}   AUC {curve.auc:.3f}", **style)
-    axes.plot([0, 100], [0, 100], color=FAINT, linewidth=1.2, label="chance   AUC 0.500", zorder=2)
+    labels = [*(f"{name}: AUC {curve.auc:.3f}" for name, curve in ordered), "chance: AUC 0.500"]
+    figure, axes = _canvas(_height(labels), title, "; ".join(kinds))
+    for place, (_, curve) in enumerate(ordered):
+        axes.plot(100 * curve.inspected_P, 100 * curve.found_P, label=labels[place], **_style(place))
+    axes.plot([0, 100], [0, 100], color=FAINT, linewidth=1.2, label=labels[-1], zorder=2)
     axes.set(xlim=(0, 100), ylim=(0, 101.5))
     _label(axes, "examples inspected, most suspicious first (%)", "bad examples found (%)")
-    _legend(axes, "lower right")
+    _legend(figure, labels)
     return _png(figure)
 
 
@@ -136,53 +152,73 @@ def ranks(ranks: Mapping[str, np.ndarray], title: str) -> bytes:
     """Share of the queries whose own copy is among the first r, against r.
 
     Args:
-        ranks: Per method, the rank of each query's own copy, from 1; drawn with its top-1 and top-5, best first.
+        ranks: Per method, the rank of each query's own copy, from 1; drawn with its top-1 and top-5, the
+            smallest geometric mean first.
         title: Of what, among how many.
 
     Returns:
-        PNG, 1,800 x 1,500 px.
+        PNG, 1,800 px wide.
 
     Raises:
         ValueError: There is nothing to draw, or a rank below 1.
         SpecError: Matplotlib is not installed.
     """
-    ordered = sorted(ranks.items(), key=lambda item: float(np.log(item[1]).mean()) if (item[1] > 0).all() else 0.0)
-    for name, rank_Q in ordered:
+    if not ranks:
+        raise ValueError("no ranks: cannot draw nothing")
+    for name, rank_Q in ranks.items():
         _must_be_drawable(**{name: rank_Q})
         if rank_Q.min() < 1:
             raise ValueError(f"{name}: a rank of {rank_Q.min()}, expected 1 or more")
+    ordered = sorted(ranks.items(), key=lambda item: float(np.log(item[1]).mean()))
     last = max(10, *(int(rank_Q.max()) for _, rank_Q in ordered))
     counts = sorted({f"{len(rank_Q):,} queries" for _, rank_Q in ordered})
-    figure, axes = _canvas(7.5, title, "; ".join(counts))
-    for (name, rank_Q), style in zip(ordered, _styles(), strict=False):
-        at, first = np.unique(np.sort(rank_Q), return_index=True)
-        share = np.append(first[1:], len(rank_Q)) / len(rank_Q)
-        top1, top5 = (rank_Q <= 1).mean(), (rank_Q <= 5).mean()
-        axes.step(
-            [1, *at, last], [100 * top1, *(100 * share), 100], where="post",
-            label=f"{name}   top-1 {top1:.0%}, top-5 {top5:.0%}", **style,
-        )  # fmt: skip
+    labels = [f"{name}: top-1 {(rank_Q <= 1).mean():.0%}, top-5 {(rank_Q <= 5).mean():.0%}" for name, rank_Q in ordered]
+    figure, axes = _canvas(_height(labels), title, "; ".join(counts))
+    for place, (_, rank_Q) in enumerate(ordered):
+        at_P, before_P = np.unique(np.sort(rank_Q), return_index=True)
+        share_P = np.append(before_P[1:], len(rank_Q)) / len(rank_Q)
+        rank_X, share_X = [1, *at_P, last], [(rank_Q <= 1).mean(), *share_P, 1.0]
+        axes.step(rank_X, 100 * np.array(share_X), where="post", label=labels[place], **_style(place))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda rank, _: f"{rank:,.0f}")
     axes.set(xlim=(1, last), ylim=(0, 101.5))
     _label(axes, "rank r", "queries whose own copy is within rank r (%)")
-    _legend(axes, "lower right")
+    _legend(figure, labels)
     return _png(figure)
 
 
 def _canvas(height_in: float, title: str, figures: str = "") -> tuple[Figure, Axes]:
-    """An empty picture with its title, and its figures in a line below."""
+    """An empty picture under its title, with its figures in a line below that."""
     with extra("evaluate", "a figure"):
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure((WIDTH_IN, height_in), DPI, facecolor=PAPER, layout="constrained")
+    lines = textwrap.wrap(title, TITLE_CHARACTERS) or [""]
+    title_in = 0.26 * len(lines)
+    head_in = title_in + (0.58 if figures else 0.28)
+    height_in += title_in
+    layout = ConstrainedLayoutEngine(w_pad=EDGE_IN, h_pad=EDGE_IN, rect=(0, 0, 1, 1 - head_in / height_in))
+    figure = Figure((WIDTH_IN, height_in), DPI, facecolor=PAPER, layout=layout)
+    for text, below_in, size, weight, colour in (
+        ("\n".join(lines), 0.18, TITLE_PT, "bold", INK),
+        (figures, 0.24 + title_in, LABEL_PT, "normal", FAINT),
+    ):
+        figure.text(
+            EDGE_IN / WIDTH_IN,
+            1 - below_in / height_in,
+            text,
+            fontsize=size,
+            fontweight=weight,
+            color=colour,
+            va="top",
+            linespacing=1.25,
+        )
     axes = figure.subplots()
-    axes.set_title(figures, loc="left", fontsize=LABEL_PT, color=FAINT, pad=10)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=TITLE_PT, fontweight="bold", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(labelsize=TICK_PT, colors=INK, color=FAINT, length=4)
-    axes.grid(visible=True, color=RULE, linewidth=0.8, zorder=0)
+    axes.tick_params(labelsize=TICK_PT, labelcolor=INK, color=FAINT)
+    axes.tick_params(which="minor", color=FAINT)
+    axes.grid(visible=True, color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
 
@@ -192,18 +228,28 @@ def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y, fontsize=LABEL_PT, color=INK, labelpad=8)
 
 
-def _legend(axes: Axes, place: str) -> None:
-    axes.legend(
-        loc=place, fontsize=TICK_PT, labelcolor=INK, frameon=True, framealpha=0.95, edgecolor=RULE, handlelength=2.6
-    )
+def _columns(labels: Sequence[str]) -> int:
+    """Of a legend, by what fits."""
+    return 2 if len(labels) > 1 and max(map(len, labels)) <= LEGEND_CHARACTERS else 1
 
 
-def _styles() -> itertools.chain[dict[str, Any]]:
-    """Lines that differ in colour, and from the eighth on in dashes."""
-    return itertools.chain.from_iterable(
-        ({"color": colour, "linestyle": dashes, "linewidth": 2.2, "zorder": 3} for colour in COLOURS)
-        for dashes in DASHES
-    )
+def _height(labels: Sequence[str]) -> float:
+    """Inches for a plot and the legend of its lines."""
+    return 6.0 + 0.26 * math.ceil(len(labels) / _columns(labels))
+
+
+def _legend(figure: Figure, labels: Sequence[str]) -> None:
+    """Below the axes, where it hides no line."""
+    figure.legend(
+        loc="outside lower left", ncols=_columns(labels), fontsize=TICK_PT, labelcolor=INK, frameon=False,
+        handlelength=2.4, borderaxespad=0.95, borderpad=0.0,
+    )  # fmt: skip
+
+
+def _style(place: int) -> dict[str, Any]:
+    """Lines that differ in colour, and from the eighth on in dashes; the best lies on top."""
+    dashes = DASHES[place // len(COLOURS) % len(DASHES)]
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes, "linewidth": 2.2, "zorder": 4 - place / 1000}
 
 
 def _correlations(agreement: Agreement) -> str:

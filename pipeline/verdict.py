@@ -118,14 +118,12 @@ def _lds(case: _Case) -> Judgement:
     ]  # fmt: skip
     section = case.judge.lds
     title = (
-        f"Linear datamodelling score: {section.subsets} subsets of {section.share:.0%} x {section.retrainings} retrainings, "
+        f"Linear datamodelling score: {section.subsets} subsets ({section.share:.0%}), {section.retrainings} models each, "
         f"{_queries(case)}"
     )
-    xlabel = (
-        "Spearman correlation, mean over queries, 95 % interval" + (ceiling is not None) * "; dashed: perfect scores"
-    )
+    xlabel = "Spearman correlation, mean over queries, 95 % interval"
     bars = [(name, lds.mean.value, lds.mean.low, lds.mean.high) for name, lds in found.items()]
-    figure = figures.bars(bars, title, xlabel, ceiling)
+    figure = figures.bars(bars, title, xlabel, ceiling, "what perfect scores would get")
     return Judgement("lds", title, _best_first(rows, "lds"), figure)
 
 
