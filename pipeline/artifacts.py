@@ -173,9 +173,10 @@ class Run(Folder):
         self.write_json(meta, "fitted", "meta.json")
 
     def fitted_meta(self) -> dict[str, Any]:
-        """What commits it. Raises InputError if nothing was fitted, ArtifactError if it is damaged or of another run."""
+        """What commits it. Raises InputError if nothing was fitted, ArtifactError (of another run, or damaged)."""
         meta = self.read_json("fitted", "meta.json")
-        if not isinstance(meta, dict) or not {"details", "tensors"} <= meta.keys():
+        tensors = meta.get("tensors") if isinstance(meta, dict) else None
+        if not isinstance(tensors, dict) or not {"name", "bytes", "sha256"} <= tensors.keys() or "details" not in meta:
             raise ArtifactError(f"{self.uri('fitted', 'meta.json')} is damaged")
         self._require_own(meta.get("fingerprint"), "fitted/meta.json")
         return meta

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,7 +98,9 @@ def audit(run: Run, read_at_most: float = float("inf"), shown: bool = True) -> A
     data_bytes = sum(each.size_bytes for path, each in stored.items() if path.startswith(_DATA))
     look = _Look(run, stored, deep=data_bytes <= read_at_most)
     found = Audit(works=run.number_of_works, commits=len(committed), counterparts=len(made))
-    named = _check_frozen(look, found) | _check_fitted(look, found)
+    named = _check_frozen(look, found)
+    if "fitted/meta.json" in stored:  # what a producer found out about the corpus
+        named |= _check_tensors(look, found, "fitted", run.fitted_meta)[0]
     for query_id in sorted(made):
         named |= _check_counterpart(look, found, query_id)
     read: set[str] = set()
@@ -266,35 +269,29 @@ def _check_ranking(look: _Look, found: Audit) -> set[str]:
     return {meta, *(f"topk/{name}" for name in tables)}
 
 
-def _check_fitted(look: _Look, found: Audit) -> set[str]:
-    """Paths of what a producer fitted to the corpus, if it did."""
-    meta = "fitted/meta.json"
-    try:
-        written = look.run.fitted_meta()["tensors"]
-    except InputError:
-        return set()
-    except ArtifactError as error:
-        foreign = isinstance(error, ForeignError)
-        found.damage.append(Finding(meta, error.message, commit=None if foreign else meta))
-        return {meta}
-    tensors = f"fitted/{written['name']}"
-    found.damage += [Finding(tensors, what, meta) for what in look.wrong(tensors, written["sha256"], written["bytes"])]
-    return {meta, tensors}
-
-
 def _check_counterpart(look: _Look, found: Audit, query_id: str) -> set[str]:
     """Paths of a counterpart."""
     folder = f"counterparts/{partition(query_id)}"
+    paths, sha256 = _check_tensors(look, found, folder, lambda: look.run.counterpart_meta(query_id))
+    if sha256 is not None:
+        look.tensors[query_id] = sha256
+    return paths
+
+
+def _check_tensors(
+    look: _Look, found: Audit, folder: str, read_meta: Callable[[], Mapping[str, Any]]
+) -> tuple[set[str], str | None]:
+    """Paths of a meta.json and the tensors that it commits, and their digest as it says it; null if it is damaged."""
     meta = f"{folder}/meta.json"
     try:
-        written = look.run.counterpart_meta(query_id)["tensors"]
+        written = read_meta()["tensors"]
     except ArtifactError as error:
         foreign = isinstance(error, ForeignError)
         found.damage.append(Finding(meta, error.message, commit=None if foreign else meta))
-        return {meta}
-    look.tensors[query_id], tensors = written["sha256"], f"{folder}/{written['name']}"
+        return {meta}, None
+    tensors = f"{folder}/{written['name']}"
     found.damage += [Finding(tensors, what, meta) for what in look.wrong(tensors, written["sha256"], written["bytes"])]
-    return {meta, tensors}
+    return {meta, tensors}, written["sha256"]
 
 
 def _check_seal(run: Run, stored: dict[str, Stored], found: Audit) -> None:

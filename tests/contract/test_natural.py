@@ -17,6 +17,7 @@ from pipeline.producer_choices import Natural as NaturalSection
 from pipeline.producers.base import Setting
 from pipeline.producers.natural import Natural
 from pipeline.tasks.classification import Classification
+from tests.small import one_thread
 
 CLASSES = 3
 TASK = Classification("features", "label", [4], temperature=2.0)
@@ -25,10 +26,8 @@ TASK = Classification("features", "label", [4], temperature=2.0)
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 class Tied(nn.Module):

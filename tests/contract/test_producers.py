@@ -16,6 +16,7 @@ from pipeline.errors import ContractError, NumericsError
 from pipeline.extensions import load_producer, load_task
 from pipeline.producer_choices import PAPER, Finetune, Unlearn
 from pipeline.records import Column
+from tests.small import one_thread
 
 FEATURES, CLASSES = 4, 3
 TASK = load_task(ClassificationTask(shape=[FEATURES]))
@@ -36,10 +37,8 @@ STRAIGHT = {
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 def mlp(certainty=1.0):
