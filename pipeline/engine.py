@@ -5,6 +5,9 @@ Shapes: N examples, B rows of a batch, Q counterparts.
 A counterpart is the tensors in which it differs from the base. The one module is pointed at them and back again (a
 pointer per tensor, no copy), so memory is the base plus the differences and any `nn.Module` works as it is. Of a tensor that
 differs by a low-rank product only the factors are held; it is made of them when its counterpart's turn comes.
+
+On a CPU convolutions and pooling over images are 1.6 to 3.5 times as fast where channels stand last in memory; that takes no
+more than kernels that are laid out so. A model that does not bear it, by what the first batch says, has them back as they were.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .changes import Change, LowRank
+
+SAME = 1e-3
+"""By how much losses may differ between two orders of adding up, in nats and relative; half precision has the most."""
 
 
 class LossFunction(Protocol):
@@ -63,11 +69,17 @@ class LossEngine:
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
-        self._made: dict[int, Tensor] = {}
         self._counterparts = [self._aligned(changes) for changes in counterparts]
         floats = [slot for slot in self._slots.values() if slot.is_floating_point()]
         self._dtype = floats[0].dtype if floats else torch.float32
         self._device = next(iter(self._slots.values())).device if self._slots else torch.device("cpu")
+        self._made = self._room_for_products()
+        sees_images = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        rounds_finely = self._dtype in (
+            torch.float32,
+            torch.float64,
+        )  # else the first batch's luck would decide, by SAME
+        self._is_laid_out = not (sees_images and rounds_finely and self._device.type == "cpu")
 
     @property
     def model(self) -> nn.Module:
@@ -82,11 +94,44 @@ class LossEngine:
             if tuple(slot.shape) != tuple(change.shape):
                 raise ValueError(f"{name} is {list(change.shape)} in the counterpart, {list(slot.shape)} in the model")
             if isinstance(change, LowRank):
-                self._made.setdefault(id(slot), torch.empty_like(slot.data))
                 found[id(slot)] = (slot, slot.data, change.to(slot))
             else:
                 found[id(slot)] = (slot, slot.data, change.detach().to(slot.device, slot.dtype))
         return list(found.values())
+
+    def _room_for_products(self) -> dict[int, Tensor]:
+        """Where tensors are made that differ by a product, by slot."""
+        swaps = [swap for found in self._counterparts for swap in found]
+        return {id(slot): torch.empty_like(base) for slot, base, change in swaps if isinstance(change, LowRank)}
+
+    def _lay_out(self, order: torch.memory_format) -> None:
+        """Put the numbers of kernels over images into another order in memory, under the base and all counterparts."""
+        with torch.inference_mode(False):  # the model is the caller's: it must still be able to learn
+            for slot in self._slots.values():
+                slot.data = _in_order(slot.data, order)
+            self._counterparts = [
+                [
+                    (slot, slot.data, change if isinstance(change, LowRank) else _in_order(change, order))
+                    for slot, _, change in swaps
+                ]
+                for swaps in self._counterparts
+            ]
+            self._made = self._room_for_products()
+
+    def _try_channels_last(self, tensors: Mapping[str, Tensor]) -> None:
+        """Lay kernels out with channels last, for good if the model's losses stay what they were.
+
+        A model may ask for the order of numbers in memory, as `view` behind a convolution does: then it fails, or says else.
+        """
+        before_B = self._loss_B(self._model, tensors)
+        self._lay_out(torch.channels_last)
+        try:
+            after_B = self._loss_B(self._model, tensors)
+        except RuntimeError:
+            after_B = None
+        if after_B is None or not torch.allclose(before_B, after_B, rtol=SAME, atol=SAME, equal_nan=True):
+            self._lay_out(torch.contiguous_format)
+        self._is_laid_out = True  # last: a batch that fails decides nothing for those after it
 
     def _changed(self, slot: Tensor, base: Tensor, change: Change) -> Tensor:
         """What a slot holds under a counterpart; a product is written where the one before it stood."""
@@ -124,6 +169,8 @@ class LossEngine:
             for batch in batches:
                 tensors, kept = self._tensors(batch), len(batch.item_B)
                 items.append(batch.item_B)
+                if not self._is_laid_out:
+                    self._try_channels_last(tensors)
                 losses_M[0].append(self._loss_B(self._model, tensors)[:kept])
                 for position, losses in zip(positions, losses_M[1:], strict=True):
                     with self.counterpart(position) as model:
@@ -151,6 +198,10 @@ class LossEngine:
                 f"expected [{rows}] in float32 or float64"
             )
         return loss_B
+
+
+def _in_order(tensor: Tensor, order: torch.memory_format) -> Tensor:
+    return tensor.to(memory_format=order) if tensor.ndim == 4 else tensor  # `contiguous` leaves one channel as it is
 
 
 def _join(parts: list[Tensor]) -> np.ndarray:

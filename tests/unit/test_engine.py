@@ -1,5 +1,7 @@
 """The loss engine: exact where it can be, and the same numbers wherever an example stands."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -37,15 +39,116 @@ def moved(model, size, seed=1):
 
 
 def test_losses_are_those_of_the_models_themselves():
-    """Base and counterparts agree with plain forward passes of separate models."""
+    """Base and counterparts agree, to the bit, with plain forward passes of separate models whose kernels lie as theirs."""
     base, tensors, batch = seeded_cnn(), moved(seeded_cnn(), 0.05), examples(64)
     got = LossEngine(base, TASK, [tensors]).losses(Arrays(batch).batches(64))
     other = seeded_cnn()
     other.load_state_dict(tensors)
+    separate, other = (model.to(memory_format=torch.channels_last) for model in (seeded_cnn(), other))
     tensor_batch = {name: torch.from_numpy(array) for name, array in batch.items()}
     with torch.no_grad():
-        assert np.array_equal(TASK.loss_B(seeded_cnn(), tensor_batch).numpy(), got.base_N)
+        assert np.array_equal(TASK.loss_B(separate, tensor_batch).numpy(), got.base_N)
         assert np.array_equal(TASK.loss_B(other, tensor_batch).numpy(), got.counterpart_QN[0])
+
+
+def is_channels_last(model):
+    return model[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Viewed(nn.Module):
+    """Takes what a convolution returns by its order in memory: fails, or says else, where channels stand last."""
+
+    def __init__(self, take):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.take, self.linear = take, nn.Linear(256, 10)
+
+    def forward(self, features):
+        return self.linear(self.take(self.second(self.first(features))))
+
+
+def test_images_go_through_with_channels_last():
+    """Kernels are laid out anew, under counterparts too; losses are the same to rounding."""
+    base, tensors, batch = cnn(16).eval(), moved(cnn(16), 0.05), examples(300)
+    whole = {name: torch.from_numpy(array) for name, array in batch.items()}
+    with torch.no_grad():
+        plain_N = TASK.loss_B(base, whole).numpy()
+    engine = LossEngine(base, TASK, [tensors])
+    got = engine.losses(Arrays(batch).batches(128))
+    assert is_channels_last(base)
+    with engine.counterpart(0) as model:
+        assert is_channels_last(model)
+        assert torch.equal(tensors["3.weight"], model[3].weight)
+    assert plain_N.tolist() == pytest.approx(got.base_N.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, False), (torch.float32, True), (torch.float64, True)])
+def test_what_the_first_batch_is_leaves_no_trace(dtype, expected):
+    """Losses are the same to the bit whatever came first: dtypes whose rounding comes near the bound are not laid out."""
+    base, batches = cnn(16).eval().to(dtype), [Arrays(examples(32, seed)) for seed in range(4)]
+    engines = [LossEngine(copy.deepcopy(base), TASK, [moved(base, 0.05)]) for _ in batches]
+    for engine, first in zip(engines, batches, strict=True):
+        engine.losses(first.batches(32))
+    assert {expected} == {is_channels_last(engine._model) for engine in engines}
+    found = [engine.losses(batches[0].batches(32)) for engine in engines]
+    assert 1 == len({(each.base_N.tobytes(), each.counterpart_QN.tobytes()) for each in found})
+
+
+class FailsOnce(type(TASK)):
+    """A task whose loss fails the first time it is asked."""
+
+    def __init__(self):
+        super().__init__("features", "label", [1, 8, 8])
+        self.failed = False
+
+    def loss_B(self, model, batch):
+        if not self.failed:
+            self.failed = True
+            raise ZeroDivisionError("once")
+        return super().loss_B(model, batch)
+
+
+def test_a_first_batch_that_fails_leaves_no_trace():
+    """What comes after it has the losses, to the bit, that it has where nothing failed."""
+    base, batch = cnn(16).eval(), Arrays(examples(32))
+    found = []
+    for task in (TASK, FailsOnce()):
+        engine = LossEngine(copy.deepcopy(base), task, [moved(base, 0.05)])
+        if task is not TASK:
+            with pytest.raises(ZeroDivisionError):
+                engine.losses(batch.batches(32))
+        found.append(engine.losses(batch.batches(32)))
+        assert is_channels_last(engine.model)
+    assert np.array_equal(found[0].base_N, found[1].base_N)
+    assert np.array_equal(found[0].counterpart_QN, found[1].counterpart_QN)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [lambda out: out.view(len(out), -1), lambda out: out.as_strided((len(out), 256), (256, 1))],
+    ids=["fails", "says else"],
+)
+def test_a_model_that_asks_for_the_order_in_memory_is_left_as_it_is(take):
+    """Its kernels are put back, and its losses are its own to the bit."""
+    torch.manual_seed(0)
+    base, batch = Viewed(take).eval(), examples(64)
+    with torch.no_grad():
+        plain_N = TASK.loss_B(base, {name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
+    tried = []
+    base.second.register_forward_pre_hook(lambda module, _: tried.append(module.weight.is_contiguous()))
+    got = LossEngine(base, TASK, [moved(base, 0.05)]).losses(Arrays(batch).batches(64))
+    assert [True, False, True, True] == tried
+    assert base.second.weight.is_contiguous()
+    assert np.array_equal(plain_N, got.base_N)
+    assert np.isfinite(got.counterpart_QN).all()
+
+
+def test_the_model_can_still_learn():
+    """What the engine did to its memory leaves gradients possible."""
+    base = seeded_cnn()
+    LossEngine(base, TASK, []).losses(Arrays(examples(8)).batches(8))
+    TASK.loss_B(base, {name: torch.from_numpy(array) for name, array in examples(8).items()}).mean().backward()
+    assert all(parameter.grad is not None for parameter in base.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
