@@ -143,6 +143,10 @@ class Natural(Extension):
     step: _Positive | None = None
     """Length of the step, as the rise of the query's loss in nats to first order. Null: for each query that at which the
     loss differences of some rows of the corpus are nearest to their exact derivatives."""
+    steps: _Count = 1
+    """Steps that this length is walked in (the K of Attribution by Unlearning): each along the query's gradient where the one
+    before ended, by the same curvature. More than one wants a longer `step`, at which losses bend, costs a solve each, and runs
+    away where that is long."""
     parameters: str = ""
     """Regular expression searched in parameter names: only those that match are moved. Empty: all."""
 

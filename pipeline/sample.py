@@ -23,8 +23,8 @@ MAX_SHARDS = 32
 
 PROBE_ROWS = 64
 """Rows of the probe, at most; of a small sample an eighth."""
-HELD_OUT = 0.2
-"""Share of the sample that is held out."""
+HELD_OUT = 0.5
+"""Share of the sample that is held out: what judges the noise of the rest must not be noisier."""
 SMALL = 16
 """Of a sample under so many rows every part is all of it."""
 

@@ -23,12 +23,15 @@ class Produced:
         steps: Optimizer steps taken.
         details: Anything worth a line in meta.json: numbers and short strings.
         factors: Parameter name -> the product by which it changed, where that is known: saved instead of the whole matrix.
+        scale: What the scores are proportional to, above 0: the length of a step that was chosen for this model alone. Ensembles
+            divide by it, so that their members count alike.
     """
 
     model: nn.Module
     steps: int
     details: dict[str, float | str] = field(default_factory=dict)
     factors: Mapping[str, LowRank] = field(default_factory=dict)
+    scale: float = 1.0
 
 
 class Producer(Protocol):

@@ -7,7 +7,8 @@ that is to first order the minimum of
     1/2 v' (G + H_t / n) v - v' g_t,
 
 G the curvature of all examples, H_t that of t itself. So rows of the corpus take the place of queries, v is solved for with the
-curvature of the rest of the sample, and G is that of rows held out from both: the damping whose steps do best there is taken.
+curvature of one half of the sample, and G is that of the other half: the damping whose steps do best there is taken, read off
+between those that are tried.
 
 A curvature that is not the sample's own (a diagonal, say) misses so much of it that its steps are ten times too long. That says
 nothing against their direction, and a damping large enough to shorten them would leave nothing of it. So each is first scaled to
@@ -18,8 +19,10 @@ Shapes: Q rows in the place of queries, P numbers of the chosen parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,9 +66,19 @@ def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvatur
     for damping, step_QP in _steps(curvature, slope_QP, scale):
         scaled_QP = step_QP if curvature.exact else _scaled(setting, parameters, slope_QP, step_QP)
         costs[damping] = _cost(setting, parameters, rows, slope_QP, scaled_QP)
-    best = min(costs, key=costs.__getitem__)
     tried = ", ".join(f"{damping:.3g}: {cost:.4g}" for damping, cost in costs.items())
-    return {"curvature_scale": scale, "damping": best, "damping_tried": tried}
+    return {"curvature_scale": scale, "damping": cheapest(costs), "damping_tried": tried}
+
+
+def cheapest(costs: Mapping[float, float]) -> float:
+    """The lowest point of a parabola through the cheapest and its neighbours, over logarithms; at an end, the one there."""
+    dampings = sorted(costs)
+    at = dampings.index(min(costs, key=costs.__getitem__))
+    if at in (0, len(dampings) - 1):
+        return dampings[at]
+    near = dampings[at - 1 : at + 2]
+    bend, slope, _ = np.polyfit([math.log(each / near[1]) for each in near], [costs[each] for each in near], 2)
+    return near[1] * math.exp(-slope / (2 * bend)) if bend > 0 else near[1]
 
 
 def _steps(curvature: Curvature, slope_QP: Tensor, scale: float) -> Iterator[tuple[float, Tensor]]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
+from torch import Tensor
 
 from ..curvatures import BUILTIN
 from ..curvatures.base import Curvature, Parameters
@@ -44,6 +46,7 @@ class Natural:
     tolerance: float
     sample_rows: int
     step: float | None
+    steps: int
     parameters: str
     direction: ClassVar[int] = 1
 
@@ -82,25 +85,50 @@ class Natural:
                     yield query_id, _without_slope(query_id, length)
             if not good_Q.any():
                 continue
-            direction_QP = curvature.solve(slope_QP[good_Q], [float(fitted.details["damping"])])[0]
+            solve = partial(_solved, curvature, float(fitted.details["damping"]))
+            direction_QP = solve(slope_QP[good_Q])
             expected_QN = stepper.derivatives(direction_QP)
             rise_Q = dot(slope_QP[good_Q], direction_QP).tolist()
             good = [query_id for query_id, is_good in zip(some, good_Q.tolist(), strict=True) if is_good]
+            chosen: dict[str, tuple[Step, Tensor]] = {}
             for query_id, direction_P, slope, expected_N in zip(good, direction_QP, rise_Q, expected_QN, strict=True):
                 try:
-                    step = stepper.choose(direction_P, slope, expected_N, self.step)
+                    chosen[query_id] = stepper.choose(direction_P, slope, expected_N, self.step), direction_P
                 except NumericsError as error:
                     yield query_id, NumericsError(f"query {query_id!r}: {error.message}", error.hint)
-                    continue
+            for (query_id, (step, _)), change_P in zip(
+                chosen.items(), self._walk(stepper, solve, queries, chosen), strict=True
+            ):
                 steps[query_id] = step
-                model = copy.deepcopy(stepper.taken(step.length * direction_P))
-                yield query_id, Produced(model, 1, {**fitted.details, **asdict(step)})
+                model = copy.deepcopy(stepper.taken(change_P))
+                yield query_id, Produced(model, self.steps, {**fitted.details, **asdict(step)}, scale=step.length)
         _warn_of_bends(steps)
+
+    def _walk(
+        self,
+        stepper: Stepper,
+        solve: Callable[[Tensor], Tensor],
+        queries: Mapping[str, Batch],
+        chosen: Mapping[str, tuple[Step, Tensor]],
+    ) -> Sequence[Tensor]:
+        """Where the steps lead each query [P]: every one along the query's gradient where the one before ended."""
+        lengths = [step.length / self.steps for step, _ in chosen.values()]
+        change_QP = [length * direction_P for length, (_, direction_P) in zip(lengths, chosen.values(), strict=True)]
+        for _ in range(self.steps - 1 if chosen else 0):
+            rows = [queries[query_id] for query_id in chosen]
+            slope_QP = torch.stack([stepper.slope(*each) for each in zip(change_QP, rows, strict=True)])
+            found = zip(change_QP, lengths, solve(slope_QP), strict=True)
+            change_QP = [change_P + length * direction_P for change_P, length, direction_P in found]
+        return change_QP
 
     def _curvature(self) -> Curvature:
         iterative = self.curvature == "gauss_newton"
         options = {"iterations": self.iterations, "tolerance": self.tolerance} if iterative else {}
         return cast("Curvature", construct(self.curvature, BUILTIN, options, "producer.curvature"))
+
+
+def _solved(curvature: Curvature, damping: float, slope_QP: Tensor) -> Tensor:
+    return curvature.solve(slope_QP, [damping])[0]
 
 
 def _without_slope(query_id: str, length: float) -> NumericsError:

@@ -62,7 +62,7 @@ class Stepper:
     def __init__(self, base: nn.Module, task: Task, parameters: Parameters, probe: Sequence[Batch]) -> None:
         self._base, self._task, self._parameters, self._probe = base, task, parameters, probe
         self._copy = copy.deepcopy(base)
-        self._slots = Parameters(self._copy, parameters.pattern).tensors
+        self._moved = Parameters(self._copy, parameters.pattern)
 
     def derivatives(self, direction_QP: Tensor) -> Tensor:
         """Exact derivatives of the probe's losses along directions: [Q, N], float64."""
@@ -111,11 +111,16 @@ class Stepper:
         with torch.no_grad():
             return torch.cat([self._task.loss_B(model, batch) for batch in self._probe])
 
+    def slope(self, change_P: Tensor, rows: Batch) -> Tensor:
+        """Gradient [P] of the mean loss of some rows where a change has led."""
+        model = self.taken(change_P)
+        return self._moved.gradient(lambda: self._task.loss_B(model, rows).mean())
+
     def taken(self, change_P: Tensor) -> nn.Module:
         """The base with its parameters changed: one model, which the next call changes again."""
         with torch.no_grad():
             for name, change in self._parameters.split(change_P).items():
-                torch.add(self._parameters.tensors[name], change, out=self._slots[name].data)
+                torch.add(self._parameters.tensors[name], change, out=self._moved.tensors[name].data)
         return self._copy
 
 

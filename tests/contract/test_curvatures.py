@@ -269,6 +269,7 @@ def _work(rank, workers, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_workers_together_find_what_one_finds(tmp_path):
     """Two processes with two batches and one, against one with all three."""
     torch.multiprocessing.spawn(_work, (2, tmp_path), 2)

@@ -65,7 +65,7 @@ def test_what_was_fitted_is_made_anew_when_it_is_damaged(make_spec, damaged):
 
 
 def test_queries_that_come_later_use_what_was_fitted(small, tmp_path):
-    """An extended run has the damping of its first start, and the scores of a run made of everything at once."""
+    """An extended run has the damping of its first start."""
     natural = "producer={name: natural, damping: null}"
     run = work_off(freeze(small.spec(tmp_path / "run", natural)))
     queries, _ = small.later
@@ -83,11 +83,11 @@ def test_other_batches_are_another_run_but_nearly_the_same_scores(make_spec):
 
 
 def test_a_sample_has_three_parts_that_share_no_row(make_spec):
-    """Of 64 rows: an eighth is the probe, a fifth is held out, the rest is the rest; the same at every start."""
+    """Of 64 rows: an eighth is the probe, half is held out, the rest is the rest; the same at every start."""
     run = freeze(make_spec(NATURAL))
     task = Tuner(run, "cpu")._task
     drawn, again = draw_sample(run, task, 64), draw_sample(run, task, 64)
-    assert (8, 12, 44) == (drawn.probe.items, drawn.held_out.items, drawn.rest.items)
+    assert (8, 32, 24) == (drawn.probe.items, drawn.held_out.items, drawn.rest.items)
     parts = [part.whole()["features"] for part in (drawn.probe, drawn.held_out, drawn.rest)]
     assert 64 == len({row.tobytes() for part in parts for row in part})
     assert (parts[2] == again.rest.whole()["features"]).all()

@@ -41,16 +41,18 @@ class Fitted:
         return {name: torch.from_numpy(array[rows]) for name, array in self.examples.items()}
 
 
-def fit(name: str, epochs: int = 30, weight_decay: float = 5e-3, labels: np.ndarray | None = None) -> Fitted:
-    """SGD lr .05, momentum .9, batch 64, seed 0."""
+def fit(
+    name: str, epochs: int = 30, weight_decay: float = 5e-3, labels: np.ndarray | None = None, seed: int = 0
+) -> Fitted:
+    """SGD lr .05, momentum .9, batch 64."""
     pixels, truth = load_digits()
     examples = {
         "features": pixels[:TRAIN_ROWS].reshape(-1, 1, 8, 8),
         "label": truth[:TRAIN_ROWS] if labels is None else labels,
     }
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = MODELS[name]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=weight_decay)
     x, y = torch.from_numpy(examples["features"]), torch.from_numpy(examples["label"])
