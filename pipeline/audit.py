@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from . import storage
 from .artifacts import READ_AT_ONCE, Run, counterparts_digest
+from .ensemble import member_name, members_of, number_of_members
 from .errors import ArtifactError, ForeignError, InputError
 from .folder import parallel, partition
 from .frozen import frozen_objects
@@ -102,7 +104,7 @@ def audit(run: Run, read_at_most: float = float("inf"), shown: bool = True) -> A
     if "fitted/meta.json" in stored:  # what a producer found out about the corpus
         named |= _check_tensors(look, found, "fitted", run.fitted_meta)[0]
     for query_id in sorted(made):
-        named |= _check_counterpart(look, found, query_id)
+        named |= _of_members(look, query_id) if members_of(run) else _check_counterpart(look, found, query_id)
     read: set[str] = set()
     progress = Progress("check", len(committed), "shards", shown=shown)
     with progress:
@@ -135,7 +137,7 @@ def mend(run: Run) -> None:
     Raises:
         ArtifactError: Something is wrong that making anew does not mend.
     """
-    if not run.committed_queries():
+    if not run.committed_queries() and not run.committed():
         return
     found = audit(run, RECHECK_BYTES, shown=False)
     void(run, found.damage)
@@ -143,19 +145,33 @@ def mend(run: Run) -> None:
         return
     for receipt in found.quarantined:
         say(f"{receipt.name} was quarantined before ({receipt.quarantined}); it is tried again")
-    run.void([f"commits/{receipt.name}.json" for receipt in found.quarantined])
-    rejects = [path for receipt in found.quarantined for path in receipt.files]  # its rows are no rejects any more
+    _forget(run, found.quarantined)
+    names = [(receipt.addition, receipt.shard_id) for receipt in found.quarantined]
+    for member in members_of(run):  # each alone may tolerate what all together are too many of
+        standing = parallel(lambda name: member.standing(*name), names)  # noqa: B023  done before the next member
+        _forget(member, [receipt for receipt in standing if receipt is not None and receipt.quarantined is not None])
+
+
+def _forget(run: Run, quarantined: Sequence[Receipt]) -> None:
+    """Delete commits of quarantined shards, and what they name: their rows are no rejects any more."""
+    run.void([f"commits/{receipt.name}.json" for receipt in quarantined])
+    rejects = [path for receipt in quarantined for path in receipt.files]
     parallel(lambda path: storage.remove(run.uri(path)), rejects)
 
 
-def void(run: Run, damage: Sequence[Finding]) -> None:
-    """Delete commits of what is damaged, and strays. Raises ArtifactError for what this does not mend; deletes nothing then."""
+def require_mendable(run: Run, damage: Sequence[Finding]) -> None:
+    """See that making anew mends what is damaged. Raises ArtifactError."""
     if hopeless := [finding for finding in damage if finding.commit is None and not finding.stray]:
         raise ArtifactError(
             f"{run.uri(hopeless[0].path)}: {hopeless[0].what}"
             + (f", and {len(hopeless) - 1} more like it" if len(hopeless) > 1 else ""),
             "`mirrorscope verify` lists all of it",
         )
+
+
+def void(run: Run, damage: Sequence[Finding]) -> None:
+    """Delete commits of what is damaged, and strays. Raises ArtifactError for what this does not mend; deletes nothing then."""
+    require_mendable(run, damage)
     for finding in damage:
         say(f"warning: {run.uri(finding.path)}: {finding.what}; it is {'deleted' if finding.stray else 'made anew'}")
     parallel(lambda path: storage.remove(run.uri(path)), [finding.path for finding in damage if finding.stray])
@@ -278,6 +294,13 @@ def _check_counterpart(look: _Look, found: Audit, query_id: str) -> set[str]:
     return paths
 
 
+def _of_members(look: _Look, query_id: str) -> set[str]:
+    """Take note of what an ensemble's members have of a query; what is wrong with it is found in them."""
+    with suppress(ArtifactError, InputError):
+        look.tensors[query_id] = look.run.counterpart_meta(query_id)["tensors"]["sha256"]
+    return set()
+
+
 def _check_tensors(
     look: _Look, found: Audit, folder: str, read_meta: Callable[[], Mapping[str, Any]]
 ) -> tuple[set[str], str | None]:
@@ -301,6 +324,9 @@ def _check_seal(run: Run, stored: dict[str, Stored], found: Audit) -> None:
         found.damage.append(Finding("_SUCCESS", f"cannot be read: {error}", "_SUCCESS"))
         return
     commits = sum(path.startswith("commits/") and path.endswith(".json") for path in stored)  # as of the same moment
+    if "_SUCCESS" in stored and len(members_of(run)) < (wanted := number_of_members(run)):
+        missing = f"stands, but of {wanted} members {member_name(len(members_of(run)))} is gone"
+        found.damage.append(Finding("_SUCCESS", missing, "_SUCCESS"))
     if "_SUCCESS" in stored and commits < found.works:
         missing = f"stands, but {found.works - commits:,} shards have no commit"
         found.damage.append(Finding("_SUCCESS", missing, "_SUCCESS"))

@@ -18,15 +18,14 @@ import pyarrow.compute as pc
 from . import storage
 from .artifacts import Run
 from .corpus import Corpus, open_format, payload_names, require_free_names
-from .digests import MODEL_URIS, input_digests, queries_digest
+from .digests import MODEL_URIS, addition_digests, input_digests, queries_digest, with_absolute_uris
 from .errors import ArtifactError, InputError, SpecError
 from .extensions import load_loader, load_producer, load_task, needs_query, sample_rows
 from .folder import partition
-from .formats.base import corpus_root, relative_path
-from .frozen import create_addition, create_run, is_run, open_run, save_spec
+from .frozen import create_addition, create_run, is_begun, is_run, open_run, save_spec
 from .importing import user_code
 from .observe import say
-from .plan import Plan, added_fingerprint, corpus_digest, fingerprint, identity, make_plan, make_shards, shard_rows
+from .plan import Plan, added_fingerprint, fingerprint, identity, make_plan, make_shards, shard_rows
 from .queries import checked_queries
 from .records import RANKED, stored
 from .sections import Section
@@ -50,7 +49,7 @@ def freeze(spec: Spec) -> Run:
     run, resumed = _open_or_survey(spec)
     if not resumed:
         Corpus(run.spec.corpus).check_ids(run.shards)
-        faster = _is_begun(run.uri()) if replaced else is_run(run.uri())
+        faster = is_begun(run.uri()) if replaced else is_run(run.uri())
         created = None if faster else create_run(run)
         if created is None:  # another driver was faster: the run is what it froze
             return _reopen(spec)
@@ -77,18 +76,13 @@ def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
         try:
             run = _reopen(spec)
         except ArtifactError:
-            if _is_begun(run_uri):
+            if is_begun(run_uri):
                 raise
     resumed = run is not None
     run = run or _survey(spec)
     taken = {*RANKED.names, *stored(RANKED, run.per_token).names}
     require_free_names(payload_names(run.spec.corpus, run.columns), taken)
     return run, resumed
-
-
-def _is_begun(run_uri: str) -> bool:
-    """Whether a run there has committed anything."""
-    return is_run(run_uri) and any(storage.objects(f"{run_uri}/{folder}") for folder in ("counterparts", "commits"))
 
 
 def _survey(spec: Spec) -> Run:
@@ -153,11 +147,12 @@ def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
         _, queries_format = open_format(queries.uri, queries.format, corpus.resolved.classes)
         found = {"uri": storage.absolute(queries.uri), "format": queries_format}
         update["queries"] = queries.model_copy(update=found)
-    for section, fields in MODEL_URIS.items():
-        given = {name: uri for name in fields if (uri := getattr(getattr(spec, section), name, None)) is not None}
-        absolute = {name: storage.absolute(uri) for name, uri in given.items()}
-        update[section] = getattr(spec, section).model_copy(update=absolute)
-    return spec.model_copy(update=update)
+    for section in MODEL_URIS:
+        update[section] = with_absolute_uris(section, getattr(spec, section))
+    members = [
+        member.model_copy(update={"weights_uri": storage.absolute(member.weights_uri)}) for member in spec.ensemble
+    ]
+    return spec.model_copy(update={**update, "ensemble": members})
 
 
 def _versions() -> dict[str, str]:
@@ -256,9 +251,7 @@ def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run
     both = pa.concat_tables([run.shards.table.replace_schema_metadata(None), shards.table])
     if len(shards):
         corpus.check_ids(Manifest(both))
-    root = corpus_root(run.spec.corpus.uri)
-    relative = {path: relative_path(path, root) for path in {shard.path for shard in shards}}
-    digests = {"corpus": corpus_digest(list(shards), relative), "queries": queries_digest or ""}
+    digests = addition_digests(run.spec, list(shards), queries_digest)
     addition = Addition(
         number=len(run.additions),
         fingerprint=added_fingerprint(run.additions[-1].fingerprint, digests),

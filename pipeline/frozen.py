@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import yaml
 from . import storage
 from .artifacts import Run
 from .corpus import concat_rows
+from .ensemble import FOLDER, ensemble_of, member_name, number_of_members
 from .errors import ArtifactError, InputError, SpecError
 from .folder import json_bytes, parallel, parquet_bytes
 from .observe import say
@@ -28,6 +30,13 @@ _COLUMNS_KEY = b"task_columns"
 def is_run(run_uri: str) -> bool:
     """Whether a run was frozen there (run.yaml is written last)."""
     return storage.exists(f"{run_uri}/run.yaml")
+
+
+def is_begun(run_uri: str) -> bool:
+    """Whether a run there, or a member of it, has committed anything."""
+    members = [f"{run_uri}/{FOLDER}/{name}" for name in storage.names(f"{run_uri}/{FOLDER}")]
+    folders = [f"{uri}/{kind}" for uri in (run_uri, *members) for kind in ("counterparts", "commits")]
+    return is_run(run_uri) and any(storage.objects(folder) for folder in folders)
 
 
 def create_run(run: Run) -> Run | None:
@@ -107,7 +116,7 @@ def frozen_objects(run: Run) -> dict[str, str | None]:
 
 
 def open_run(run_uri: str) -> Run:
-    """Open a frozen run.
+    """Open a frozen run: an Ensemble where its spec asks for one.
 
     Raises:
         ArtifactError: There is none, or what was frozen is damaged.
@@ -140,7 +149,15 @@ def open_run(run_uri: str) -> Run:
     ]
     first = Addition(0, bare.resolved.fingerprint, 0, len(manifest), _in_order(queries))
     frozen = replace(bare, shards=Manifest(manifest), columns=tuple(columns), queries=queries, additions=(first,))
-    return _with_additions(frozen)
+    return _with_members(_with_additions(frozen))
+
+
+def _with_members(run: Run) -> Run:
+    """An ensemble with its members, as far as they are frozen; an ordinary run as it is."""
+    if not run.spec.ensemble:
+        return run
+    places = (run.uri(member_name(place)) for place in range(number_of_members(run)))
+    return ensemble_of(run, tuple(open_run(uri) for uri in takewhile(is_run, places)))
 
 
 def _with_additions(run: Run) -> Run:
@@ -153,8 +170,8 @@ def _with_additions(run: Run) -> Run:
         for kind, tables in (("manifest", manifests), ("queries", queries)):
             if sha256 := described["tables"].get(kind):
                 tables.append(run.read_table(*_addition_path(number, _table_name(kind, sha256)), sha256=sha256))
-        fields = {name: value for name, value in described.items() if name != "tables"}
-        additions.append(Addition(**{**fields, "query_ids": tuple(fields["query_ids"])}))
+        known = {name: value for name, value in described.items() if name != "tables"}
+        additions.append(Addition(**{**known, "query_ids": tuple(known["query_ids"])}))
     if len(additions) == 1:
         return run
     shards = pa.concat_tables([table.replace_schema_metadata(None) for table in manifests])

@@ -20,25 +20,26 @@ SHARDS_AIMED_AT = 32
 SCORE_ROW_BYTES = 30
 """Bytes of one score row on disk: 18 measured with ids like doc-000731234, 32 with 32 random hex digits (decision 5)."""
 
-SCORES_DEPEND_ON = ("model", "task", "corpus", "queries", "producer", "score", "seed")
-"""Sections that make two runs different runs."""
+SCORES_DEPEND_ON = ("model", "task", "corpus", "queries", "producer", "score", "seed", "ensemble")
+"""Sections that make two runs different runs. `ensemble` only where there is one: without, a run is what it was before."""
 _FREE = {"corpus": ("payload", "check_ids"), "score": ("max_reject_fraction",)}
 """Fields in them that may change between two starts of one run: they move no score."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The figures of a run before it starts.
+    """The figures of a run before it starts; of an ensemble, its members' included.
 
     Args:
         rows: Training examples.
         files: Corpus files.
         shards: Pieces that the corpus is cut into.
-        queries: Counterparts to make.
+        queries: Counterparts to make, of each member.
         query_rows: Rows of all queries together.
         forward_passes: Examples through a model in stage score: one base pass and one per query.
         objects: Objects written by all stages, without rejects and selections; one less where examples are no pictures.
         score_bytes: Rough size of scores/ on the store.
+        members: Models of an ensemble; 1 without one.
     """
 
     rows: int
@@ -49,6 +50,7 @@ class Plan:
     forward_passes: int
     objects: int
     score_bytes: int
+    members: int = 1
 
 
 def shard_rows(spec: Spec, rows: int, columns: Sequence[Column]) -> int:
@@ -92,15 +94,19 @@ def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], que
     rows, queries = sum(shard.rows for shard in shards), len(query_ids)
     per_shard = queries + 2 + (spec.corpus.source is not None)  # scores, partial top-k, commit, partial sums
     frozen, ranked, reported, seal = 3, 3, 2, 1
+    each = frozen + len(shards) * per_shard + ranked + reported + seal
+    members = 1 + len(spec.ensemble)
+    folders = members + (members > 1)  # the mean has one, too
     return Plan(
         rows=rows,
         files=len({shard.path for shard in shards}),
         shards=len(shards),
         queries=queries,
         query_rows=query_rows,
-        forward_passes=rows * (1 + queries),
-        objects=frozen + 2 * queries + len(shards) * per_shard + ranked + reported + seal,
-        score_bytes=rows * queries * SCORE_ROW_BYTES,
+        forward_passes=members * rows * (1 + queries),
+        objects=folders * each + members * 2 * queries,
+        score_bytes=folders * rows * queries * SCORE_ROW_BYTES,
+        members=members,
     )
 
 
@@ -110,6 +116,8 @@ def identity(spec: Spec) -> dict[str, Any]:
     for section, fields in _FREE.items():
         for field in fields:
             tree[section].pop(field)
+    if not spec.ensemble:
+        tree.pop("ensemble")
     return tree
 
 

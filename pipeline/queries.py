@@ -89,7 +89,7 @@ def query_inputs(table: pa.Table, columns: Sequence[Column], task: Task) -> dict
             mean over rows, in which a window of one token would count as much as a full one.
     """
     found = {}
-    for query_id, arrays in _decoded(table, columns).items():
+    for query_id, arrays in decoded_queries(table, columns).items():
         found[query_id] = prepared(task, arrays)
         for row, got in found[query_id].bad.items():
             raise InputError(f"query {query_id!r}, row {row}: got {got}, expected tokens that can be scored")
@@ -101,8 +101,8 @@ def query_inputs(table: pa.Table, columns: Sequence[Column], task: Task) -> dict
     return found
 
 
-def _decoded(table: pa.Table, columns: Sequence[Column]) -> dict[str, dict[str, np.ndarray]]:
-    """Query id -> task column -> [rows of the query, *shape]."""
+def decoded_queries(table: pa.Table, columns: Sequence[Column]) -> dict[str, dict[str, np.ndarray]]:
+    """Query id -> task column -> [rows of the query, *shape], in order of first appearance. Raises InputError."""
     arrays, good_N, rejects = decode(table, np.arange(len(table)), columns)
     if not good_N.all():
         raise InputError(f"queries.parquet row {rejects[0].row}: got {rejects[0].got}, expected {rejects[0].expected}")

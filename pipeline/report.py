@@ -19,6 +19,7 @@ from PIL.Image import Image
 
 from .artifacts import Run
 from .decode import decode_value
+from .ensemble import number_of_members
 from .picture import Strip, Tile, contact_sheet, picture_of, to_png
 from .records import LOSSES, RANKED, Column
 
@@ -111,6 +112,7 @@ def _page(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column | None
         f"producer {run.spec.producer.implementation}",
         f"ranked by the {meta['transform']} score, {meta['k']} per side",
         f"seed {run.spec.seed}",
+        *([f"mean of {number_of_members(run)} models"] if number_of_members(run) else []),
     ]
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title(run))}</title><style>{STYLE}</style>",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
@@ -10,8 +10,12 @@ from typing import Literal
 from .artifacts import Run
 from .audit import mend
 from .cluster import connected
+from .ensemble import Ensemble, members_of
+from .errors import QuarantineError
 from .freeze import extend, freeze
 from .frozen import open_run, save_spec
+from .members import errors_name_it, gathered
+from .observe import say
 from .rank import rank
 from .report import report
 from .score import score
@@ -37,9 +41,12 @@ def grow(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run:
 
 
 def carry_on(run: Run) -> Run:
-    """Do what is not done yet of a frozen run."""
+    """Do what is not done yet of a frozen run; of an ensemble, its members first."""
+    run = gathered(run)
+    _each_member(run, mend)
     mend(run)
     with connected(run.spec.resources) if _needs_ray(run) else nullcontext():
+        _each_member(run, tune, score, finish)
         tune(run)
         score(run)
     finish(run)
@@ -47,14 +54,20 @@ def carry_on(run: Run) -> Run:
 
 
 def run_stage(spec: Spec, stage: Stage) -> Run:
-    """Do one stage, for orchestrators that schedule them apart. Raises as `attribute` does."""
-    run = freeze(spec)
+    """Do one stage, for orchestrators that schedule them apart; members are ranked with stage score. Raises as `attribute`."""
+    run = gathered(freeze(spec))
+    _each_member(run, mend)
     mend(run)
     if stage == "rank":
         finish(run)
         return run
     with connected(spec.resources) if _needs_ray(run) else nullcontext():
-        tune(run) if stage == "tune" else score(run)
+        if stage == "tune":
+            _each_member(run, tune)
+            tune(run)
+        else:
+            _each_member(run, score, finish)
+            score(run)
     return run
 
 
@@ -80,6 +93,27 @@ def finish(run: Run) -> None:
     report(run)
 
 
+def _each_member(run: Run, *actions: Callable[[Run], object]) -> None:
+    """Do things with one member of an ensemble after the other, saying with which; with an ordinary run, nothing.
+
+    What is quarantined in one does not stop the others: the mean, which comes last, says so again.
+    """
+    if isinstance(run, Ensemble):
+        for place, member in enumerate(run.members):
+            with errors_name_it(run, place):
+                if mend not in actions and _has_work(member):
+                    say(f"{run.named(place)}: {', '.join(action.__name__ for action in actions)}")
+                try:
+                    for action in actions:
+                        action(member)
+                except QuarantineError as error:
+                    say(f"warning: {run.named(place)}: {error.message}")
+
+
 def _needs_ray(run: Run) -> bool:
     """Whether anything is left that workers must do; a finished run needs no cluster."""
+    return any(map(_has_work, (*members_of(run), run)))
+
+
+def _has_work(run: Run) -> bool:
     return len(run.committed_queries()) < len(run.query_ids) or len(run.committed()) < run.number_of_works

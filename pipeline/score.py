@@ -21,8 +21,10 @@ import numpy as np
 from .artifacts import Run, counterparts_digest
 from .attempts import Attempt, Worker, start_attempts
 from .cluster import Watchdog, actors_of, errors_of
+from .ensemble import Ensemble
 from .errors import PipelineError, QuarantineError, UnavailableError
 from .frozen import open_run
+from .mean import MeanScorer
 from .observe import Progress, duration, every, say, unsent
 from .scorer import ShardScorer
 from .works import Receipt, Work, work_name
@@ -107,7 +109,9 @@ def _score(run: Run, pending: Sequence[_Key], tally: _Tally) -> None:
     attempts = start_attempts()
     stalls = _Stalls(run.spec.resources.score.stalled_after_s, attempts)
     watchdog = Watchdog("score", detail=stalls.longest)
-    progress = Progress("score", run.number_of_works, "shards", done=len(tally.done))
+    progress = Progress(
+        "mean" if isinstance(run, Ensemble) else "score", run.number_of_works, "shards", done=len(tally.done)
+    )
     ended = closing(_rows(run, pending, attempts))  # an error here ends the actors too
     with errors_of("score"), watchdog.watching(), every(LOOK_S, stalls.look), progress, ended as rows:
         for row in rows:
@@ -151,6 +155,8 @@ def _wave(run: Run, pending: Sequence[_Key], attempts: Any) -> Iterator[dict[str
     from ray.data import ActorPoolStrategy, DataContext
 
     resources = run.spec.resources.score
+    if isinstance(run, Ensemble):
+        resources = resources.model_copy(update={"gpus": 0.0})  # files are averaged, no model is there
     actors = actors_of(resources, len(pending))
     DataContext.get_current().max_consecutive_actor_init_deaths = resources.max_failures
     # A shard is known by its number alone: actors read the rest from the manifest.
@@ -182,22 +188,18 @@ def _queries_of(run: Run, pending: Sequence[_Key]) -> tuple[str, ...]:
 
 
 class ScoreShard:
-    """The Ray Data actor: a ShardScorer behind the shape that `map_batches` calls.
+    """The Ray Data actor: a ShardScorer, or a MeanScorer, behind the shape that `map_batches` calls.
 
     Ray restarts it and gives it its shards again for ever; what is bounded is how often a shard may take its actor with it.
     """
 
     def __init__(self, run_uri: str, query_ids: tuple[str, ...], attempts: Any) -> None:
-        import torch
-
         self._worker = Worker(attempts)  # first of all: what it was on before is over, however long loading takes
         self._error: PipelineError | None = None
         try:
             self._run = open_run(run_uri)
-            resources = self._run.spec.resources.score
-            torch.set_num_threads(max(1, int(resources.cpus)))
-            self._max_failures = resources.max_failures
-            self._scorer = ShardScorer(self._run, "cuda" if resources.gpus else "cpu", query_ids)
+            self._max_failures = self._run.spec.resources.score.max_failures
+            self._scorer = _scorer(self._run, query_ids)
         except PipelineError as error:  # raised here, Ray would bring home that an actor died
             self._error = error
 
@@ -237,6 +239,17 @@ class ScoreShard:
             except UnavailableError as error:
                 say(f"warning: {work.name}: {error.message}; attempt {failed + 1} of {self._max_failures + 1}")
         return self._scorer.score(work)
+
+
+def _scorer(run: Run, query_ids: tuple[str, ...]) -> ShardScorer | MeanScorer:
+    """What does a shard of a run: its models, or the mean of its members."""
+    if isinstance(run, Ensemble):
+        return MeanScorer(run, query_ids)
+    import torch
+
+    resources = run.spec.resources.score
+    torch.set_num_threads(max(1, int(resources.cpus)))
+    return ShardScorer(run, "cuda" if resources.gpus else "cpu", query_ids)
 
 
 class _Stalls:
@@ -280,10 +293,12 @@ class _Stalls:
             limit_s = max(SHORTEST_STALL_S, STALL_FACTOR * self._slowest_s)
         if limit_s is None or not ray.is_initialized():
             return
-        for attempt in self._told(self._attempts.running.remote()):  # longest first
+        running = self._told(self._attempts.running.remote())  # longest first
+        for attempt in running:
             if time.time() - attempt.since_s > limit_s and attempt.worker not in self._ended:
                 self._ended.add(attempt.worker)  # a process; the actor's next one is another
-                say(f"warning: {_described(attempt)}; its worker is ended and the shard tried again")
+                suspects = "; ".join(_described(each) for each in running if each.worker == attempt.worker)
+                say(f"warning: {suspects}; the worker is ended, what it was on is tried again")
                 ray.kill(attempt.actor, no_restart=False)
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from . import storage, topk
-from .artifacts import Run, counterparts_digest
+from .artifacts import Run
 from .corpus import Corpus, Examples
 from .errors import ArtifactError, InputError
 from .extensions import load_model, load_task, prepared
-from .folder import parallel, partition
 from .importing import user_code
-from .records import REJECTS, SCORES, Reject, Shard, as_stored
-from .works import Receipt, Work, Written, partial_name, rejects_path
+from .shards import ShardWriter, score_table
+from .works import Receipt, Work
 
 if TYPE_CHECKING:
     from .batches import Inputs
@@ -53,7 +51,7 @@ class ShardScorer:
         self._corpus = Corpus(run.spec.corpus)
         metas = {query_id: run.counterpart_meta(query_id) for query_id in self._query_ids}
         self._directions = {query_id: meta["direction"] for query_id, meta in metas.items()}
-        self._tensors = {query_id: meta["tensors"]["sha256"] for query_id, meta in metas.items()}
+        self._writer = ShardWriter(run, {query_id: meta["tensors"]["sha256"] for query_id, meta in metas.items()})
         changes = [from_bytes(run.counterpart_tensors(query_id)) for query_id in self._query_ids]
         model = load_model(run.spec.model, device, run.spec.seed)
         self._task = load_task(run.spec.task)
@@ -86,62 +84,14 @@ class ShardScorer:
         if standing is not None:  # somebody was faster: a slow attempt that was taken for dead leaves all as it is
             return standing
         examples, losses = _only_finite(examples, losses, work.query_ids)
-        files = self._write(work, examples, losses)
+        scores = (self._scores(work, examples, losses, q) for q in range(len(work.query_ids)))
+        files = self._writer.write(work, scores, examples.rejects)
         counts = {"rows": len(examples.row_N), "rejects": len(examples.rejects), "overlong": inputs.overlong}
-        return self._commit(work, started_at_s, compute_s, counts, files)
+        return self._writer.commit(work, started_at_s, compute_s, counts, files)
 
     def quarantine(self, work: Work, reason: str) -> Receipt:
-        """Quarantine a shard: all its rows go to rejects/ with the reason, and that is committed. The commit that then stands.
-
-        Raises:
-            StorageError: The store refused.
-        """
-        standing = self._run.standing(work.addition, work.shard.shard_id)
-        if standing is not None:  # an attempt that was taken for dead made it after all
-            return standing
-        started_at_s, shard = time.time(), work.shard
-        rows = range(shard.row_start, shard.row_start + shard.rows)
-        rejects = [Reject(row, "shard", reason, "a shard that can be scored") for row in rows]
-        path = rejects_path(work.name, quarantined=True)
-        files = {path: self._run.write_table(_rejects_table(shard, rejects), path)}
-        counts = {"rows": 0, "rejects": shard.rows}
-        return self._commit(work, started_at_s, 0.0, counts, files, quarantined=reason)
-
-    def _commit(
-        self,
-        work: Work,
-        started_at_s: float,
-        compute_s: float,
-        counts: dict[str, int],
-        files: dict[str, Written],
-        quarantined: str | None = None,
-    ) -> Receipt:
-        rank = self._run.spec.rank
-        receipt = Receipt(
-            addition=work.addition,
-            shard_id=work.shard.shard_id,
-            fingerprint=self._run.additions[work.addition].fingerprint,
-            **counts,
-            files=files,
-            started_at_s=started_at_s,
-            finished_at_s=time.time(),
-            compute_s=compute_s,
-            k=rank.k,
-            transform=topk.transform_name(rank.transform, rank.eps),
-            counterparts="" if quarantined else counterparts_digest([self._tensors[q] for q in work.query_ids]),
-            quarantined=quarantined,
-        )
-        standing = self._run.commit(receipt)
-        if (
-            standing.quarantined is not None or quarantined
-        ):  # two kinds of attempts, of which one may have died or come late
-            paths = [f"scores/{partition(query_id)}/{work.name}.parquet" for query_id in work.query_ids]
-            paths += [rejects_path(work.name, each) for each in (False, True)]
-            twice = [
-                path for path in paths if path not in standing.files
-            ]  # who reads the folder would count them again
-            parallel(lambda path: storage.remove(self._run.uri(path)), twice)
-        return standing
+        """See ShardWriter."""
+        return self._writer.quarantine(work, reason)
 
     def _prepared(self, work: Work, examples: Examples) -> tuple[Examples, Inputs]:
         """Examples as their model takes them; texts become tokens here, while another shard holds the engine."""
@@ -163,43 +113,12 @@ class ShardScorer:
         task = self._run.spec.task.implementation
         return user_code(f"task {task} on {work.shard.path} from row {work.shard.row_start}")
 
-    def _write(self, work: Work, examples: Examples, losses: Losses) -> dict[str, Written]:
-        """Write everything of a shard but its commit; relative path -> size and digest."""
-        rank, name = self._run.spec.rank, f"{work.name}.parquet"
-        partial = partial_name(work.name, rank.k, topk.transform_name(rank.transform, rank.eps))
-        tables: dict[str, pa.Table] = {}
-        tops, sums = [], []
-        for q, query_id in enumerate(work.query_ids):
-            scores = self._scores(work, examples, losses, q)
-            tables[f"scores/{partition(query_id)}/{name}"] = as_stored(scores, self._run.per_token)
-            valued = topk.with_value(scores, rank.transform, rank.eps)
-            tops.append(topk.partial_topk(valued, rank.k, rank.transform))
-            if self._run.spec.corpus.source is not None:
-                sums.append(topk.source_sums(valued))
-        tables[f"partials/topk/{partial}"] = pa.concat_tables(tops)
-        if sums:
-            tables[f"partials/sources/{partial}"] = pa.concat_tables(sums)
-        if examples.rejects:
-            tables[rejects_path(work.name, quarantined=False)] = _rejects_table(work.shard, examples.rejects)
-        return {path: self._run.write_table(table, path) for path, table in tables.items()}
-
     def _scores(self, work: Work, examples: Examples, losses: Losses, q: int) -> pa.Table:
-        """Scores of one query, as SCORES in the order of its file; the difference is taken in float64 and rounded last."""
-        rows, query_id = len(examples.row_N), work.query_ids[q]
-        difference_N = losses.counterpart_QN[q].astype(np.float64) - losses.base_N.astype(np.float64)
-        columns = {
-            "example_id": examples.example_id_N,
-            "source": examples.source_N,
-            "query_id": pa.array([query_id] * rows, pa.string()),
-            "base_loss": losses.base_N.astype(np.float32),
-            "counterpart_loss": losses.counterpart_QN[q].astype(np.float32),
-            "num_tokens": pa.nulls(rows, pa.int32()) if examples.num_tokens_N is None else examples.num_tokens_N,
-            "score": (self._directions[query_id] * difference_N + 0.0).astype(np.float32),  # + 0.0: no negative zero
-            "shard_id": np.full(rows, work.shard.shard_id, np.int32),
-            "row": examples.row_N,
-        }
-        highest_first_N = np.argsort(-columns["score"], kind="stable")
-        return pa.table({name: columns[name] for name in SCORES.names}).cast(SCORES).take(pa.array(highest_first_N))
+        """Scores of one query; the difference is taken in float64 and rounded last."""
+        base_N, counterpart_N, query_id = losses.base_N, losses.counterpart_QN[q], work.query_ids[q]
+        difference_N = counterpart_N.astype(np.float64) - base_N.astype(np.float64)
+        score_N = self._directions[query_id] * difference_N
+        return score_table(work, query_id, examples, base_N, counterpart_N, score_N)
 
 
 def _only_finite(examples: Examples, losses: Losses, query_ids: tuple[str, ...]) -> tuple[Examples, Losses]:
@@ -213,8 +132,3 @@ def _only_finite(examples: Examples, losses: Losses, query_ids: tuple[str, ...])
     bad = {int(i): int(np.argmin(finite_MN[:, i])) for i in np.flatnonzero(~good_N)}
     kept = examples.without({i: (names[m], str(losses_MN[m, i]), "a finite loss") for i, m in bad.items()})
     return kept, type(losses)(losses.base_N[good_N], losses.counterpart_QN[:, good_N])
-
-
-def _rejects_table(shard: Shard, rejects: list[Reject]) -> pa.Table:
-    rows = [{"shard_id": shard.shard_id, "path": shard.path, **asdict(reject)} for reject in rejects]
-    return pa.Table.from_pylist(rows, schema=REJECTS)

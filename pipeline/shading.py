@@ -82,8 +82,8 @@ def _shaded(run: Run, query_id: str, rows: list[dict[str, Any]]) -> list[Shaded]
     task: Any = load_task(run.spec.task)
     if not hasattr(task, "token_losses_BT"):
         raise SpecError(f"task {run.spec.task.implementation} has no tokens", "only texts can be shaded")
-    model = load_model(run.spec.model, "cpu", run.spec.seed)
-    engine = LossEngine(model, task, [from_bytes(run.counterpart_tensors(query_id))])
+    changed = from_bytes(run.counterpart_tensors(query_id))
+    engine = LossEngine(load_model(run.spec.model, "cpu", run.spec.seed), task, [changed])
     direction = run.counterpart_meta(query_id)["direction"]
     corpus = Corpus(run.spec.corpus)
     with user_code(f"task {run.spec.task.implementation}"):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .choices import ModelSection, ProducerSection, TaskSection
-from .producer_choices import Unlearn
+from .producer_choices import Reference, Unlearn
 from .records import Transform
 from .sections import Section, Uri
 
@@ -28,6 +28,21 @@ class RunSection(Section):
 
     uri: Uri
     """Folder of the run: a local path or any URI that fsspec opens. One spec, one folder."""
+
+
+class Member(Section):
+    """A further model of an ensemble: of the kind of `model`, with weights of its own."""
+
+    weights_uri: Uri
+    """As `model.weights_uri`: another training of the same model, or another checkpoint of it. All else is `model`'s."""
+    weight: _Positive = 1.0
+    """Its part in the mean, where that of `model` is 1. Scores of a producer that chooses its step are divided by it first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_its_weights(cls, data: Any) -> Any:
+        """A bare URI is a member of weight 1."""
+        return {"weights_uri": data} if isinstance(data, str) else data
 
 
 class CorpusSection(Section):
@@ -156,6 +171,9 @@ class Spec(Section):
     """Where the run lives."""
     model: ModelSection
     """The model under question."""
+    ensemble: list[Member] = []
+    """Further models of the same kind: scores are the mean over them and `model`, the first, of weight 1. Each is a run of its
+    own in `members/` of the run's folder, and costs as much as one. Empty: `model` alone."""
     task: TaskSection
     """What the loss of one example means."""
     corpus: CorpusSection
@@ -187,3 +205,22 @@ class Spec(Section):
         if task.get("temperature") is None:
             task = {**task, "temperature": RELEASED_TEMPERATURE if released else TEMPERATURE}
         return {**data, "producer": producer, "task": task}
+
+    @model_validator(mode="after")
+    def _may_be_an_ensemble(self) -> Spec:
+        """See that members can take the place of `model`."""
+        if not self.ensemble:
+            return self
+        if getattr(self.model, "weights_uri", None) is None:
+            raise ValueError(
+                "ensemble: members have weights of their own, and model.weights_uri, that of the first, is missing"
+            )
+        if getattr(self.model, "adapter_uri", None) is not None:
+            raise ValueError(
+                "ensemble: members replace weights, not model.adapter_uri; merge adapters into the weights"
+            )
+        if isinstance(self.producer, Reference):
+            raise ValueError(
+                "ensemble: producer reference compares one model with one other; make a run of each pair of checkpoints"
+            )
+        return self

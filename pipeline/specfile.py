@@ -148,7 +148,7 @@ def _sections(annotation: Any, metadata: Sequence[Any] = ()) -> dict[str, type[S
     if hasattr(annotation, "__metadata__"):
         inner, *rest = get_args(annotation)
         return _sections(inner, rest)
-    if get_origin(annotation) in (Union, types.UnionType):
+    if get_origin(annotation) in (Union, types.UnionType, list):
         return {tag: kind for item in get_args(annotation) for tag, kind in _sections(item).items()}
     return {}
 

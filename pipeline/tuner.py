@@ -138,12 +138,17 @@ class Tuner:
             raise ContractError(
                 f"producer {self._run.spec.producer.implementation} changed the base model; it must tune a copy"
             )
+        if not 0 < produced.scale < math.inf:
+            raise ContractError(
+                f"query {query_id!r}: the producer's scale is {produced.scale}, expected a number above 0"
+            )
         meta = {
             "producer": self._run.spec.producer.model_dump(mode="json"),
             "direction": self._producer.direction,
             "seed": seed,
             "query_rows": len(next(iter(query.values()), ())),
             "steps": produced.steps,
+            "scale": produced.scale,
             "query_loss_before_nats": before,
             "query_loss_after_nats": after,
             "change_norm": math.sqrt(sum(norm**2 for _, norm in changed.values())),

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
+from hypothesis import settings
 from rich.console import Console
 
 from jobs import digits
@@ -25,6 +26,9 @@ from pipeline.tuner import Tuner
 from tests import seaweed
 from tests.faults.ledger import JSON_PATH, PROPERTY, Entry, Ledger
 from tests.faults.proxy import Proxy, in_front_of
+
+settings.register_profile("untimed", deadline=None)  # machines are shared: how long an example takes says nothing
+settings.load_profile("untimed")
 
 CORPUS_ROWS = 150
 QUERY_ROWS = (3, 77)

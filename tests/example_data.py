@@ -36,6 +36,15 @@ def _demo(folder: Path) -> None:
     write_demo(folder / "build" / "demo")
 
 
+def _ensemble(folder: Path) -> None:
+    """What `python -m jobs.digits build/demo --models 3` writes, with weights that nobody trained."""
+    _demo(folder)
+    for other in (1, 2):
+        safetensors.torch.save_file(
+            {"weight": torch.full((1,), float(other))}, folder / f"build/demo/cnn-{other}.safetensors"
+        )
+
+
 def _models(folder: Path, weights: str) -> None:
     (folder / "my_project").mkdir()
     (folder / "my_project" / "models.py").write_text(MODELS)
@@ -134,6 +143,7 @@ def _web(*models: str) -> Callable[[Path], None]:
 MAKERS: dict[str, Callable[[Path], None]] = {
     "digits": _demo,
     "paper": _demo,
+    "ensemble": _ensemble,
     "mislabelled": _mislabelled,
     "image_folder": _image_folder,
     "tabular_csv": _tabular_csv,

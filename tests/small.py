@@ -16,6 +16,12 @@ from torch import nn
 
 from pipeline.artifacts import Run
 from pipeline.audit import mend
+from pipeline.ensemble import Ensemble, members_of
+from pipeline.lessons import Lesson
+from pipeline.mean import MeanScorer
+from pipeline.members import gathered
+from pipeline.retrain import Retrainings
+from pipeline.retraining import Retrainer
 from pipeline.run import finish
 from pipeline.score import _tally
 from pipeline.scorer import ShardScorer
@@ -33,6 +39,10 @@ BAD_ROWS = (6, 17)
 """Rows without features: they end in rejects/."""
 QUERIES, LATER_QUERIES = {"red": 1, "green": 2}, {"blue": 2}
 """Query ids and their rows."""
+SEEDS = (1, 2, 3)
+"""Of models: the first is the world's; an ensemble has all."""
+LINEAR = {1: "linear", 2: "linear-2", 3: "linear-3"}
+"""Their weights' files."""
 PRODUCTS = ("counterparts/", "scores/", "rejects/", "topk/ranked", "topk/sources")
 """What of a run is a function of spec and inputs alone, to the byte, but for times in the JSON of it."""
 
@@ -78,7 +88,8 @@ class Small:
             names = [name for name, rows in queries.items() for _ in range(rows)]
             table = _rows(100 + len(kind), 100 + len(kind) + len(names))
             pq.write_table(table.add_column(0, "query_id", [names]), folder / f"{kind}.parquet")
-        safetensors.torch.save_file(linear(1).state_dict(), folder / "linear.safetensors")
+        for seed in SEEDS:
+            safetensors.torch.save_file(linear(seed).state_dict(), folder / f"{LINEAR[seed]}.safetensors")
 
     @property
     def later(self) -> tuple[str, str]:
@@ -98,6 +109,12 @@ class Small:
             "rank": {"k": 3},
         }
 
+    def ensemble(self, *weights: float) -> str:
+        """Override: the further models with these weights, else 1."""
+        uris = [str(self.folder / f"{LINEAR[seed]}.safetensors") for seed in SEEDS[1:]]
+        members = [{"weights_uri": uri, "weight": weight} for uri, weight in zip(uris, weights or (1, 1), strict=True)]
+        return f"ensemble={members}"
+
     def spec(self, run_uri: Path | str, *overrides: str) -> Any:
         """It as a spec, with overrides."""
         return parse_spec(self.tree(run_uri), overrides)
@@ -114,7 +131,17 @@ def one_thread() -> Iterator[None]:
 
 def work_off(run: Run, order: Callable[[list[Work]], list[Work]] = list) -> Run:
     """What `carry_on` does, with the work of Ray's actors done here."""
-    mend(run)
+    run = gathered(run)
+    family = (*members_of(run), run)
+    for each in family:
+        mend(each)
+    for each in family:
+        _work_off(each, order)
+        finish(each)
+    return run
+
+
+def _work_off(run: Run, order: Callable[[list[Work]], list[Work]]) -> None:
     missing = [query_id for query_id in run.query_ids if query_id not in run.committed_queries()]
     if missing:
         tuner = Tuner(run, "cpu")
@@ -123,11 +150,19 @@ def work_off(run: Run, order: Callable[[list[Work]], list[Work]] = list) -> Run:
     done = _tally(run).done
     pending = [work for work in run.works() if (work.addition, work.shard.shard_id) not in done]
     if pending:
-        scorer = ShardScorer(run, "cpu")
+        scorer = MeanScorer(run) if isinstance(run, Ensemble) else ShardScorer(run, "cpu")
         for work in order(pending):
             scorer.score(work)
-    finish(run)
-    return run
+
+
+def learn_here(retrainings: Retrainings, lessons: Sequence[Lesson]) -> list[Lesson]:
+    """What `retrain` does, with the work of Ray's actors done here; what was missing."""
+    missing = retrainings.missing(lessons)
+    with one_thread():
+        retrainer = Retrainer(retrainings.run, retrainings.judge.training, "cpu")
+        for lesson in missing:
+            retrainings.do(retrainer, lesson)
+    return missing
 
 
 def products(objects: dict[str, bytes]) -> dict[str, bytes]:

@@ -15,6 +15,9 @@ from ..errors import ContractError
 from ..records import Column
 from .base import Batch, to_loss_dtype
 
+FEW_CLASSES = 32
+"""Up to here torch's cross-entropy is slower on a CPU than its definition: .14 us a row of 10 classes, against .035."""
+
 
 class Classification:
     """Cross-entropy, in nats, of `label` under `model(features) / temperature`; the model returns logits [B, C].
@@ -50,7 +53,7 @@ class Classification:
         """See Task. A label outside the model's classes has no loss: NaN."""
         label_B, tempered_BC = batch["label"], self._tempered(model, batch)
         outside_B = (label_B < 0) | (label_B >= tempered_BC.shape[1])
-        loss_B = F.cross_entropy(tempered_BC, label_B.masked_fill(outside_B, 0), reduction="none")
+        loss_B = cross_entropy(tempered_BC, label_B.masked_fill(outside_B, 0))
         return loss_B.masked_fill(outside_B, torch.nan)
 
     def sampled(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
@@ -75,3 +78,11 @@ class Classification:
         if self._std:
             features = features / torch.tensor(self._std, dtype=features.dtype, device=features.device).view(channels)
         return features
+
+
+def cross_entropy(logits_BC: Tensor, label_B: Tensor) -> Tensor:
+    """Losses [B], in nats: minus the logarithm of a label's share in the exponentials."""
+    if logits_BC.shape[1] > FEW_CLASSES or logits_BC.device.type != "cpu":
+        return F.cross_entropy(logits_BC, label_B, reduction="none")
+    below_BC = logits_BC - logits_BC.detach().amax(dim=1, keepdim=True)
+    return below_BC.exp().sum(dim=1).log() - below_BC.gather(1, label_B[:, None])[:, 0]

@@ -692,7 +692,7 @@ def test_quoted_line_breaks_commas_and_quotes_are_part_of_their_value(newline, r
 cells = st.text(st.sampled_from('ab,"\n\r é'), max_size=6)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(cells, min_size=1, max_size=12), st.integers(1, 5), st.sampled_from(["\n", "\r\n"]))
 def test_any_quoted_text_is_read_back(tmp_path, values, rows_each, newline):
     """Whatever stands between quotes, in any shards, is one row with that text."""

@@ -197,7 +197,7 @@ CONTENT = {name: saved(name) for name in SAVES}
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @every_file
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
 def test_no_damage_to_a_weights_file_is_anything_but_an_input_error(tmp_path_factory, name, changes):
     """Bytes that changed on the way give tensors or an InputError, never an exception of torch's own."""

@@ -15,6 +15,7 @@ from pipeline import tasks
 from pipeline.choices import CausalLMTask, ClassificationTask, Seq2SeqTask
 from pipeline.errors import ContractError, SpecError
 from pipeline.extensions import load_task
+from pipeline.tasks.classification import FEW_CLASSES, cross_entropy
 from pipeline.tasks.tokens import IGNORED
 from tests.language import VOCABULARY, gpt, saved, t5
 from tests.unit.test_spec import parse
@@ -215,6 +216,26 @@ def test_a_task_names_the_columns_its_batch_has(case):
     batch = case.batch(2)
     assert set(batch) == {column.name for column in columns}
     assert [tuple(batch[column.name].shape[1:]) for column in columns] == [column.shape for column in columns]
+
+
+@pytest.mark.parametrize("classes", [2, FEW_CLASSES, FEW_CLASSES + 1])
+def test_few_classes_have_the_losses_and_gradients_of_many(classes):
+    """Either way of computing it is as near to float64 as torch's, from certain to hopeless, and so is its gradient."""
+    generator = torch.Generator().manual_seed(classes)
+    scale_B = torch.logspace(-3, 2, 1000)[:, None]
+    logits_BC = (scale_B * torch.randn(1000, classes, generator=generator)).requires_grad_()
+    label_B = torch.randint(classes, (1000,), generator=generator)
+    exact_BC = logits_BC.detach().double().requires_grad_()
+    found, torchs, exact = (
+        (loss_B.detach().double(), torch.autograd.grad(loss_B.sum(), at)[0].double())
+        for loss_B, at in (
+            (cross_entropy(logits_BC, label_B), logits_BC),
+            (F.cross_entropy(logits_BC, label_B, reduction="none"), logits_BC),
+            (F.cross_entropy(exact_BC, label_B, reduction="none"), exact_BC),
+        )
+    )
+    for ours, theirs, true in zip(found, torchs, exact, strict=True):
+        assert (ours - true).abs().max() <= 2 * (theirs - true).abs().max()
 
 
 def test_classification_is_the_cross_entropy_of_its_label():

@@ -176,7 +176,7 @@ def test_bytes_for_a_column_that_is_no_image_are_rejected():
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 200))
 def test_no_damage_to_an_image_stops_the_shard(changes, cut):
     """Whatever stands in an image's bytes, its row is good or rejected, and the next row is good."""

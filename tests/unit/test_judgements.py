@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import spearmanr
 
-from pipeline.judgements import agreement, linear_datamodelling, removal
+from pipeline.judgements import agreement, contrast, linear_datamodelling
 
 QUERIES, EXAMPLES, SUBSETS = 3, 8, 6
 SCORES = arrays(np.int8, (QUERIES, EXAMPLES)).map(lambda score: score.astype(np.float64))
@@ -150,7 +150,7 @@ def test_agreement_of_a_tiny_effect_on_a_large_number_is_seen():
 
 def test_removal_is_compared_with_removing_at_random():
     """Means 3 and 1, of which 2 remain; three queries of four win, the one that is level does not."""
-    found = removal(np.array([5.0, 4.0, 2.0, 1.0]), np.array([[0.0, 2.0], [2.0, 0.0], [1.0, 1.0], [1.0, 1.0]]))
+    found = contrast(np.array([5.0, 4.0, 2.0, 1.0]), np.array([[0.0, 2.0], [2.0, 0.0], [1.0, 1.0], [1.0, 1.0]]))
     assert (3.0, 1.0, 2.0, 0.75) == (found.top, found.random, found.difference.value, found.wins.value)
     assert (0.5, 3.5) == (found.difference.low, found.difference.high)
     assert (0.3006, 0.9544) == pytest.approx((found.wins.low, found.wins.high), abs=1e-3)
@@ -167,8 +167,8 @@ def test_removal_is_compared_with_removing_at_random():
         (lambda s, i, loss: agreement(s[0], s[0, 1:]), "got shapes"),
         (lambda s, i, loss: agreement(s[0, :2], s[0, :2]), "at least 3"),
         (lambda s, i, loss: agreement(s[0], s[0] * np.nan), "y_N: .* not finite"),
-        (lambda s, i, loss: removal(s[:, 0], s.T), "shapes disagree"),
-        (lambda s, i, loss: removal(s[:, 0] * np.inf, s), "change_top_Q"),
+        (lambda s, i, loss: contrast(s[:, 0], s.T), "shapes disagree"),
+        (lambda s, i, loss: contrast(s[:, 0] * np.inf, s), "change_top_Q"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -57,6 +57,7 @@ def test_shards_are_whole_batches_and_bounded():
 def test_the_fingerprint_follows_what_moves_scores_and_nothing_else():
     """lr, seed and weights change it; k, workers and tolerance for rejects do not."""
     base = fingerprint(parse(), {"weights": "a"})
+    assert "ensemble" not in identity(parse()), "a run without one is what it was before there were any"
     for same in (
         "rank.k=3",
         "resources.tune.workers=3",
