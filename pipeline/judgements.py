@@ -129,9 +129,9 @@ class Agreement:
     """How two numbers of the same examples go together.
 
     Args:
-        pearson: Linear correlation, with Fisher's interval.
-        spearman: Rank correlation, with a bootstrap interval over examples.
-        count: Number of examples.
+        pearson: Linear correlation, with Fisher's interval; of several queries the mean, with a bootstrap interval over them.
+        spearman: Rank correlation, with a bootstrap interval over examples, or over queries.
+        count: Number of pairs.
     """
 
     pearson: Estimate
@@ -175,15 +175,24 @@ def agreement(x_N: np.ndarray, y_N: np.ndarray, seed: int = 0) -> Agreement:
     )
 
 
+def mean_agreement(x_QN: np.ndarray, y_QN: np.ndarray) -> Agreement:
+    """The mean of several queries' correlations. Of one query, its `agreement`. Raises ValueError as that does."""
+    each = [agreement(x_N, y_N) for x_N, y_N in zip(x_QN, y_QN, strict=True)]
+    if len(each) == 1:
+        return each[0]
+    pearson, spearman = (np.array([getattr(one, name).value for one in each]) for name in ("pearson", "spearman"))
+    return Agreement(mean_over(pearson), mean_over(spearman), x_QN.size)
+
+
 @dataclass(frozen=True)
-class Removal:
-    """What removing a query's strongest proponents and training again does to its loss, against removing random ones.
+class Contrast:
+    """What a query's strongest proponents do, against random examples.
 
     Args:
-        top: Mean change of the loss over queries, nats.
+        top: Mean change over queries, nats.
         random: The same for random examples, over queries and draws.
         difference: Top minus random, mean over queries with its bootstrap interval; above 0 the ranking is worth something.
-        wins: Share of queries for which top moved the loss up more than random did on average.
+        wins: Share of queries for which top moved the loss further than random did on average.
     """
 
     top: float
@@ -192,12 +201,16 @@ class Removal:
     wins: Estimate
 
 
-def removal(change_top_Q: np.ndarray, change_random_QM: np.ndarray) -> Removal:
-    """Leave-top-k-out: the brittleness measure of datamodels (Ilyas et al. 2022, 2202.00622) with a control.
+def contrast(change_top_Q: np.ndarray, change_random_QM: np.ndarray) -> Contrast:
+    """The strongest proponents against a control, where it is changes of the query's loss that tell.
+
+    Leave-top-k-out is the brittleness measure of datamodels (Ilyas et al. 2022, 2202.00622); tail patch is that of TrackStar
+    (Chang et al. 2024, 2410.17413).
 
     Args:
-        change_top_Q: Change of each query's loss when its own top k are removed, nats; positive = it got worse.
-        change_random_QM: The same when k random examples are removed, per draw.
+        change_top_Q: Change of each query's loss by its own top k, nats, positive in the direction that proponents promise:
+            its rise when they are left out, its fall after a step on them.
+        change_random_QM: The same by random examples, per draw.
 
     Raises:
         ValueError: A change is not finite, or the shapes disagree.
@@ -208,7 +221,7 @@ def removal(change_top_Q: np.ndarray, change_random_QM: np.ndarray) -> Removal:
             f"shapes disagree: change_top_Q {change_top_Q.shape}, change_random_QM {change_random_QM.shape}"
         )
     random_Q = change_random_QM.mean(axis=1)
-    return Removal(
+    return Contrast(
         top=float(change_top_Q.mean()),
         random=float(random_Q.mean()),
         difference=mean_over(change_top_Q - random_Q),

@@ -1,7 +1,7 @@
-"""The judge's work on the cluster: models trained anew on parts of the corpus, and the queries' losses under them.
+"""The judge's work on the cluster: models trained anew on other corpora, and losses under them.
 
 Reads: run.yaml, corpus and queries of the runs that are judged.
-Writes: {judge.uri}/retrainings/FINGERPRINT/subset-NNNNN-NN.parquet, one object per retraining, whole.
+Writes: {judge.uri}/retrainings/FINGERPRINT/LESSON.parquet, one object per model trained, whole.
 Resumes: what is there is not done again, whichever methods are judged.
 Next: verdict.
 """
@@ -23,109 +23,124 @@ from . import storage
 from .artifacts import Run
 from .attempts import Worker, start_attempts
 from .cluster import Watchdog, actors_of, connected, errors_of
+from .digests import model_uris
 from .errors import ArtifactError, ClusterError, PipelineError
 from .folder import parallel, parquet_bytes, table_of
 from .frozen import open_run
-from .judge import Judge, LdsSection
+from .judge import Judge
+from .lessons import Lesson, Step, Whole
+from .model_folder import model_digest
 from .observe import Progress
-from .plan import identity
-from .retraining import Retrainer, seed_of, start_of, untempered
+from .retraining import Examples, Retrainer, known_start, start_of, untempered
 
-_Key = tuple[int, int]
-"""A part of the corpus, and which of its retrainings."""
-LOSSES = pa.schema([pa.field("query_id", pa.string(), False), pa.field("loss", pa.float64(), False)])
-"""One retraining: mean loss of every query, in nats, without temperature."""
+LOSSES = pa.schema(
+    [
+        pa.field("query_id", pa.string()),
+        pa.field("example_id", pa.string()),
+        pa.field("loss", pa.float64(), False),
+    ]
+)
+"""One lesson: mean loss of every query, in nats, without temperature; of the whole corpus's, losses of its examples too."""
 
 
 @dataclass(frozen=True)
 class Retrainings:
-    """Where retrainings of one model on parts of one corpus lie, and what is in each part.
+    """Where losses after retrainings of one model on one corpus lie.
 
     Args:
         judge: The spec.
         run: Says what model, corpus and queries are.
-        lds: How the corpus is cut.
+        fingerprint: Of everything that decides the losses, but for what the lesson is.
     """
 
     judge: Judge
     run: Run
-    lds: LdsSection
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of everything that decides the losses; not of how many there are, nor of who is judged by them."""
-        tree = identity(self.run.spec)
-        about = {
-            "start": start_of(self.run, self.judge.training).model_dump(mode="json"),
-            "task": untempered(self.run.spec.task).model_dump(mode="json"),
-            "training": self.judge.training.model_dump(mode="json"),
-            "corpus": tree["corpus"],
-            "digests": {name: self.run.resolved.digests[name] for name in ("corpus", "queries")},
-            "share": self.lds.share,
-            "seed": self.judge.seed,
-        }
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    fingerprint: str
 
     def uri(self, *parts: str) -> str:
         """URI of something among the retrainings."""
-        return "/".join((storage.absolute(self.judge.judge.uri), "retrainings", self.fingerprint, *parts))
+        return "/".join((self.judge.judge.uri, "retrainings", self.fingerprint, *parts))
 
-    def keys(self) -> list[_Key]:
-        """All retrainings that are asked for."""
-        return [(part, again) for part in range(self.lds.subsets) for again in range(self.lds.retrainings)]
-
-    def missing(self) -> list[_Key]:
-        """Those that are not done."""
+    def missing(self, lessons: Sequence[Lesson]) -> list[Lesson]:
+        """Those that are not done, each once."""
         there = set(storage.names(self.uri()))
-        return [key for key in self.keys() if self.name(key) not in there]
+        return [lesson for lesson in dict.fromkeys(lessons) if _object(lesson) not in there]
 
-    def name(self, key: _Key) -> str:
-        """Name of a retraining's object."""
-        return f"subset-{key[0]:05d}-{key[1]:02d}.parquet"
+    def do(self, retrainer: Retrainer, lesson: Lesson) -> None:
+        """Train once, and write the losses. Raises as `Retrainer.learned` and its losses."""
+        model = retrainer.learned(lesson, self.judge.seed)
+        loss_Q = retrainer.query_losses(model)
+        loss_N = retrainer.example_losses(model) if isinstance(lesson, Whole) else np.empty(0)
+        columns = [
+            [*self.run.query_ids, *[None] * len(loss_N)],
+            [*[None] * len(loss_Q), *retrainer.examples.id_N[: len(loss_N)].tolist()],
+            np.concatenate([loss_Q, loss_N]),
+        ]
+        storage.write_bytes(self.uri(_object(lesson)), parquet_bytes(pa.table(columns, schema=LOSSES)))
 
-    def inside_N(self, part: int, examples: int) -> np.ndarray:
-        """Which of N examples are in a part: drawn from the spec's seed and the part's number alone."""
-        chance = np.random.default_rng(seed_of(self.judge.seed, "subset", part))
-        inside_N = np.zeros(examples, bool)
-        inside_N[chance.permutation(examples)[: max(1, round(self.lds.share * examples))]] = True
-        return inside_N
+    def query_losses(self, lessons: Sequence[Lesson]) -> np.ndarray:
+        """Losses of the queries [L, Q] after lessons. Raises ArtifactError: one is damaged, or of other queries."""
+        found = parallel(self._read, lessons)
+        return np.stack([table["loss"].to_numpy()[: len(self.run.query_ids)] for table in found])
 
-    def do(self, retrainer: Retrainer, key: _Key) -> None:
-        """Train once, and write the losses. Raises as `Retrainer.query_losses`."""
-        inside_N = self.inside_N(key[0], len(retrainer.id_N))
-        loss_Q = retrainer.query_losses(inside_N, seed_of(self.judge.seed, "retraining", *key))
-        table = pa.table([list(self.run.query_ids), loss_Q], schema=LOSSES)
-        storage.write_bytes(self.uri(self.name(key)), parquet_bytes(table))
+    def example_losses(self, lessons: Sequence[Lesson]) -> np.ndarray:
+        """Losses of the examples [L, N] after lessons on the whole corpus. Raises ArtifactError as `query_losses`."""
+        return np.stack(
+            [table["loss"].to_numpy()[len(self.run.query_ids) :] for table in parallel(self._read, lessons)]
+        )
 
-    def losses_SRQ(self) -> np.ndarray:
-        """Losses of the queries [S, R, Q] after all retrainings.
-
-        Raises:
-            ArtifactError: One is damaged, or of other queries.
-        """
-
-        def loss_Q(key: _Key) -> np.ndarray:
-            uri = self.uri(self.name(key))
-            table = table_of(storage.read_bytes(uri), uri)
-            if tuple(table["query_id"].to_pylist()) != self.run.query_ids:
-                raise ArtifactError(f"{uri} holds losses of other queries", "delete it and judge again")
-            return table["loss"].to_numpy()
-
-        losses = np.stack(parallel(loss_Q, self.keys()))
-        return losses.reshape(self.lds.subsets, self.lds.retrainings, -1)
+    def _read(self, lesson: Lesson) -> pa.Table:
+        uri = self.uri(_object(lesson))
+        table = table_of(storage.read_bytes(uri), uri)
+        if tuple(table["query_id"].drop_null().to_pylist()) != self.run.query_ids:
+            raise ArtifactError(f"{uri} holds losses of other queries", "delete it and judge again")
+        return table
 
 
-def retrain(retrainings: Retrainings) -> None:
-    """Do the retrainings that are missing, on the cluster.
+def fingerprint(judge: Judge, run: Run, examples: Examples) -> str:
+    """Digest of everything that decides losses after retrainings, by contents; not of who is judged by them.
+
+    Raises InputError, StorageError: The model before training cannot be read.
+    """
+    start = known_start(run, judge.training)
+    about = {
+        "start": start and start.model_dump(mode="json"),
+        "weights": {name: model_digest(uri) for name, uri in model_uris("model", start).items()} if start else {},
+        "task": untempered(run.spec.task).model_dump(mode="json"),
+        "training": judge.training.model_dump(mode="json"),
+        "examples": examples.digest,
+        "seed": judge.seed,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_mark(run: Run) -> str:
+    """Digest of a run's own model, by its section and the contents of its files."""
+    files = {
+        name: digest for name, digest in run.resolved.digests.items() if name == "weights" or name.startswith("model ")
+    }
+    text = json.dumps([run.spec.model.model_dump(mode="json"), files, run.spec.seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _object(lesson: Lesson) -> str:
+    return f"{lesson.name}.parquet"
+
+
+def retrain(retrainings: Retrainings, lessons: Sequence[Lesson]) -> None:
+    """Do the lessons that are missing, on the cluster.
 
     Raises:
         SpecError, InputError, ContractError, NumericsError: Training cannot be done as the spec says; what is done stays.
         ClusterError: Resources are missing, or workers could not start.
     """
-    missing = retrainings.missing()
+    missing = retrainings.missing(lessons)
     if not missing:
         return
-    progress = Progress("train", len(retrainings.keys()), "models", done=len(retrainings.keys()) - len(missing))
+    if not all(isinstance(lesson, Step) for lesson in missing):
+        start_of(retrainings.run, retrainings.judge.training)
+    asked = len(set(lessons))
+    progress = Progress("train", asked, "models", done=asked - len(missing))
     watchdog = Watchdog("retrain")
     ended = closing(_rows(retrainings, missing))  # an error here ends the actors too
     with connected(retrainings.judge.resources), errors_of("retrain"), watchdog.watching(), progress, ended as rows:
@@ -133,21 +148,22 @@ def retrain(retrainings: Retrainings) -> None:
             watchdog.feed()
             if row["error"]:
                 raise pickle.loads(row["error"])
-            progress.advance(1)
+            progress.advance()
 
 
-def _rows(retrainings: Retrainings, missing: Sequence[_Key]) -> Generator[dict[str, Any], None, None]:
+def _rows(retrainings: Retrainings, missing: Sequence[Lesson]) -> Generator[dict[str, Any], None, None]:
     import ray.data
     from ray.data import ActorPoolStrategy
 
     resources = retrainings.judge.resources.score
     actors = actors_of(resources, len(missing))
-    items = [{"part": part, "again": again} for part, again in missing]
+    items = [{"lesson": pickle.dumps(lesson)} for lesson in missing]
     trained = ray.data.from_items(items, override_num_blocks=min(len(items), 32 * actors)).map_batches(
         Retrain,
         fn_constructor_kwargs={
             "judge": retrainings.judge,
             "run_uri": retrainings.run.uri(),
+            "fingerprint": retrainings.fingerprint,
             "attempts": start_attempts(),
         },
         batch_size=1,
@@ -164,7 +180,7 @@ class Retrain:
     Ray restarts it and gives it its retrainings again for ever; what is bounded is how often one may take its actor with it.
     """
 
-    def __init__(self, judge: Judge, run_uri: str, attempts: Any) -> None:
+    def __init__(self, judge: Judge, run_uri: str, fingerprint: str, attempts: Any) -> None:
         import torch
 
         self._worker, self._max_failures = Worker(attempts), judge.resources.score.max_failures
@@ -173,26 +189,25 @@ class Retrain:
             resources = judge.resources.score
             torch.set_num_threads(max(1, int(resources.cpus)))
             run = open_run(run_uri)
-            assert judge.lds is not None
-            self._retrainings = Retrainings(judge, run, judge.lds)
+            self._retrainings = Retrainings(judge, run, fingerprint)
             self._retrainer = Retrainer(run, judge.training, "cuda" if resources.gpus else "cpu")
         except PipelineError as error:  # raised here, Ray would bring home that an actor died
             self._error = error
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Train once for each row; one small row each."""
-        errors = [self._do((int(part), int(again))) for part, again in zip(batch["part"], batch["again"], strict=True)]
-        return {"error": errors}
+        return {"error": [self._do(pickle.loads(lesson)) for lesson in batch["lesson"]]}
 
-    def _do(self, key: _Key) -> bytes:
+    def _do(self, lesson: Lesson) -> bytes:
         try:
             if self._error is not None:
                 raise self._error
-            name = self._retrainings.name(key)
-            with self._worker.attempt(name) as number:
+            with self._worker.attempt(lesson.name) as number:
                 if number > self._max_failures + 1:
-                    raise ClusterError(f"{number - 1} workers died on {name}", "is there enough memory for training?")
-                self._retrainings.do(self._retrainer, key)
+                    raise ClusterError(
+                        f"{number - 1} workers died on {lesson.name}", "is there enough memory for training?"
+                    )
+                self._retrainings.do(self._retrainer, lesson)
         except PipelineError as error:  # of an error that is raised Ray Data brings only the text home
             return pickle.dumps(error)
         return b""
