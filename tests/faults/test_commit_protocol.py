@@ -47,7 +47,6 @@ OVERRIDES = ("corpus.source=null", "corpus.check_ids=false")
 OTHER_K = "rank.k=1"
 FATES = ("crash before", "crash after", "torn")
 ONCE = settings(
-    deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],

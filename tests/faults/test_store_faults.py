@@ -30,6 +30,8 @@ FAULTS = {
     ),
 }
 """Fault -> rules of the proxy; whether queries are tuned in this process, without Ray Train, which takes a while."""
+PARENT = "%2Frun%2F&delimiter="
+"""Of an empty folder s3fs lists the parent as well, in case that a file has its name, and takes an error there for a no."""
 RESTARTED_AFTER, AWAY_S = 3, 3.0
 FULL = """
 set -e
@@ -72,7 +74,8 @@ def longest_trouble(requests):
             most_tries, longest_s = max(most_tries, tried[key]), max(longest_s, at_s - first_s.pop(key))
         if met == "passed":
             tried[key] = 0
-    assert not first_s, f"never passed: {first_s}"
+    never = [path for _, path in first_s if PARENT not in path]
+    assert not never, f"never passed: {never}"
     return most_tries, longest_s
 
 
