@@ -66,8 +66,9 @@ bench-facts: install $(SMOLLM2) ## Who finds the sentences that taught a fact, b
 	$(BIN)/python -m jobs.facts $(FACTS) --model $(dir $(SMOLLM2))
 	$(BIN)/python -m tests.bench.facts
 
-bench-faithful: install build/peers/.installed ## Whose scores are right: LDS, copies, wrong labels, peers beside ours; half an hour: build/bench/faithful.json
+bench-faithful: install build/peers/.installed ## Whose scores are right: LDS, copies, wrong labels, speed, peers beside ours; an hour or two: build/bench/faithful.json
 	$(BIN)/python -m tests.bench.faithful
+	$(BIN)/python -m tests.bench.faithful_speed
 
 build/peers/.installed: tests/bench/peers/requirements.txt
 	$(PYTHON) -m venv build/peers

@@ -1,11 +1,11 @@
 """Other libraries' scores and timings on the same model and data as ours, in an environment of their own.
 
     python3 -m venv build/peers && build/peers/bin/pip install -r tests/bench/peers/requirements.txt
-    build/peers/bin/python -m tests.bench.peers.run FOLDER [--only NAME ...] [--threads 2] [--timing-rows 20000]
+    build/peers/bin/python -m tests.bench.peers.run FOLDER [--only NAME ...] [--threads 2] [--timing-rows 20000 | --serve]
 
 FOLDER holds setup.json ({"factory": "package.module:function", "kind": "classification" or "causal_lm", "reduction": "sum" or
-"mean"}), model.safetensors, train.npz and queries.npz (features and label, or input_ids and labels with -100 where a token does
-not count). Examples and queries are called by their row numbers.
+"mean", "temperature": what logits are divided by}), model.safetensors, train.npz and queries.npz (features and label, or
+input_ids and labels with -100 where a token does not count). Examples and queries are called by their row numbers.
 
 Writes FOLDER/scores-NAME.parquet (query_id, example_id, score; higher = training on the example lowers the query's loss more)
 and FOLDER/peers.json. With --timing-rows, FOLDER/peers-speed.json instead: one query against the training examples repeated up
@@ -19,6 +19,7 @@ import gc
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
@@ -40,6 +41,8 @@ RUNS = 3
 WARM_UP_ROWS = 64
 BATCHES: dict[Kind, tuple[int, ...]] = {"classification": (64, 256, 1024, 4096), "causal_lm": (8, 32, 128)}
 """What speed is measured in; the fastest counts."""
+ANSWER = "answer: "
+"""Before what --serve says; libraries print, too."""
 PLAIN = ("kronfluence-identity", "dattri-graddot", "dattri-hooks", "captum-tracincp", "captum-tracincp-fast")
 """Peers without curvature or projections, whose speed is measured."""
 
@@ -88,6 +91,22 @@ def measure(folder: Path, world: World, chosen: dict[str, Peer]) -> None:
             _note(folder / "peers-speed.json", name, _fastest(name, peer, world))
         except UnsupportedError as error:
             _note(folder / "peers-speed.json", name, {"version": _version(name), "unsupported": str(error)})
+
+
+def serve(world: World, table: dict[str, Peer]) -> None:
+    """Run a peer once for each line on standard input; seconds of what is done once, and for these queries, and of the CPU."""
+    warm: set[tuple[str, int]] = set()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        name = asked["name"]
+        sized = replace(world.repeated(asked["rows"], asked["queries"]), batch_rows=asked["batch_rows"])
+        if (name, asked["batch_rows"]) not in warm:
+            _warm_up(table[name], sized)
+            warm.add((name, asked["batch_rows"]))
+        started_s = time.process_time()
+        scored = table[name](sized)
+        cpu_s = time.process_time() - started_s
+        print(ANSWER + json.dumps({"fit_s": scored.fit_s, "score_s": scored.score_s, "cpu_s": cpu_s}), flush=True)
 
 
 def _fastest(name: str, peer: Peer, world: World) -> dict[str, Any]:
@@ -161,10 +180,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=table, metavar="NAME", help=", ".join(table))
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--timing-rows", type=int, help="measure speed over so many rows instead of writing scores")
+    parser.add_argument("--serve", action="store_true", help="measure what standard input asks for")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     world = World.read(given.folder)
-    if given.timing_rows:
+    if given.serve:
+        serve(world, table)
+    elif given.timing_rows:
         measure(given.folder, world.repeated(given.timing_rows), {name: table[name] for name in given.only or PLAIN})
     else:
         score(given.folder, world, {name: table[name] for name in given.only or table})

@@ -87,16 +87,17 @@ def as_it_is(batch: Any) -> Any:
 
 
 class Logits(nn.Module):
-    """A model that returns its logits as a tensor, whether it calls them so or not."""
+    """A model that returns its logits as a tensor, whether it calls them so or not, divided by a temperature."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.temperature = model, temperature
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits [B, V] or [B, T, V]."""
         output = self.model(inputs)
-        return output if isinstance(output, Tensor) else output.logits
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class World:
     train: Rows
     queries: Rows
     batch_rows: int | None = None
+    temperature: float = 1.0
 
     @classmethod
     def read(cls, folder: Path) -> World:
@@ -123,6 +125,7 @@ class World:
             setup.get("reduction", REDUCTION),
             _rows(folder / "train.npz", setup["kind"]),
             _rows(folder / "queries.npz", setup["kind"]),
+            temperature=setup.get("temperature", 1.0),
         )
 
     def model(self) -> Logits:
@@ -132,7 +135,7 @@ class World:
         config: Any = getattr(model, "config", None)
         if config is not None:
             config.use_cache = False
-        return Logits(model).eval()
+        return Logits(model, self.temperature).eval()
 
     def loss_B(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each example, in nats."""
@@ -144,10 +147,12 @@ class World:
             return loss_BT.sum(dim=1)
         return loss_BT.sum(dim=1) / (next_BT != UNCOUNTED).sum(dim=1).clamp(min=1)
 
-    def repeated(self, rows: int) -> World:
-        """The first query alone, and the training examples over and over, up to so many rows."""
+    def repeated(self, rows: int, queries: int = 1) -> World:
+        """The first query or queries, and the training examples over and over, up to so many rows."""
         return replace(
-            self, train=self.train.taken(torch.arange(rows) % len(self.train)), queries=self.queries.taken(slice(1))
+            self,
+            train=self.train.taken(torch.arange(rows) % len(self.train)),
+            queries=self.queries.taken(slice(queries)),
         )
 
     def first(self, rows: int) -> World:
