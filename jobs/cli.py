@@ -127,22 +127,25 @@ def verify(
         ),
     ] = False,
 ) -> None:
-    """Check from the objects alone that a run is what its commits say: counts, digests, orphans."""
-    from pipeline.audit import audit, void
+    """Check from the objects alone that a run (an ensemble's members too) is what its commits say: counts, digests, orphans."""
+    from pipeline.audit import audit, require_mendable, void
+    from pipeline.ensemble import members_of
     from pipeline.errors import ArtifactError
     from pipeline.frozen import open_run
 
     from . import display
 
     opened = open_run(run_uri)
-    found = audit(opened, read_at_most=-1 if sizes else float("inf"))
-    display.show_audit(opened, found)
-    if not found.damage:
-        return
-    if not mend:
+    audits = [(each, audit(each, read_at_most=-1 if sizes else float("inf"))) for each in (opened, *members_of(opened))]
+    for each, found in audits:
+        display.show_audit(each, found, opened)
+    damaged = sum(len(found.damage) for _, found in audits)
+    if damaged and not mend:
         again = "`mirrorscope verify --mend`, then the run's command again"
-        raise ArtifactError(f"{opened.uri()}: {len(found.damage)} things are damaged or missing", again)
-    void(opened, found.damage)
+        raise ArtifactError(f"{opened.uri()}: {damaged} things are damaged or missing", again)
+    for do in (require_mendable, void):
+        for each, found in audits:
+            do(each, found.damage)
 
 
 @app.command()
@@ -160,12 +163,14 @@ def gc(
 ) -> None:
     """Delete what no commit names: leavings of attempts that were killed, of shards that were scored anew."""
     from pipeline.audit import collect
+    from pipeline.ensemble import members_of
     from pipeline.frozen import open_run
 
     from . import display
 
     opened = open_run(run_uri)
-    display.show_collected(opened, collect(opened, older_than * 3600, dry), dry)
+    for each in (opened, *members_of(opened)):
+        display.show_collected(each, collect(each, older_than * 3600, dry), dry)
 
 
 @app.command()
@@ -225,7 +230,7 @@ def show(
 
 @app.command()
 def evaluate(spec: SpecArgument, set_: SetOption = None) -> None:
-    """Judge finished runs, and scores of other tools: LDS by retraining, retrieval of known truths, wrong labels found."""
+    """Judge finished runs, and scores of other tools: by training anew, by single steps, by known truths and wrong labels."""
     from pipeline import storage
     from pipeline.specfile import load_judge
     from pipeline.verdict import judged

@@ -1,6 +1,7 @@
 """The demo's world: scikit-learn's digits (1,797 real images of 8 x 8), a small CNN trained on them, a few queries.
 
 `python -m jobs.digits FOLDER` writes train.parquet, queries.parquet and cnn.safetensors; jobs/specs/digits.yaml runs on them.
+With `--models 3` also cnn-1.safetensors and cnn-2.safetensors, trained from other seeds; jobs/specs/ensemble.yaml runs on all.
 """
 
 from __future__ import annotations
@@ -68,8 +69,13 @@ def train(pixels: np.ndarray, labels: np.ndarray, epochs: int = EPOCHS, seed: in
     return model.eval()
 
 
-def write_demo(folder: Path) -> None:
-    """Write the demo's corpus, queries and weights. Queries: copies of training images, and test images it gets wrong."""
+def write_demo(folder: Path, models: int = 1) -> None:
+    """Write the demo's corpus, queries and weights. Queries: copies of training images, and test images it gets wrong.
+
+    Args:
+        folder: Where to.
+        models: How many trainings to write the weights of; the queries are about the first.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     import safetensors.torch
@@ -93,13 +99,18 @@ def write_demo(folder: Path) -> None:
         pa.table({"query_id": names, "pixels": list(pixels[rows]), "label": labels[rows]}), folder / "queries.parquet"
     )
     safetensors.torch.save_file(model.state_dict(), folder / "cnn.safetensors")
+    for other in range(1, models):
+        again = train(pixels[:TRAIN_ROWS], labels[:TRAIN_ROWS], seed=SEED + other)
+        safetensors.torch.save_file(again.state_dict(), folder / f"cnn-{other}.safetensors")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where to write")
-    write_demo(parser.parse_args().folder)
+    parser.add_argument("--models", type=int, default=1, help="trainings to write the weights of, from as many seeds")
+    given = parser.parse_args()
+    write_demo(given.folder, given.models)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from rich.table import Table
 from pipeline import storage
 from pipeline.artifacts import Run
 from pipeline.audit import Audit
+from pipeline.ensemble import FOLDER, member_name, members_of, number_of_members
 from pipeline.errors import InputError, SpecError
 from pipeline.plan import Plan
 from pipeline.publish import Published
 from pipeline.report import number_columns, of, plain_payload
 
 if TYPE_CHECKING:
-    from pipeline.verdict import Judgement
+    from pipeline.case import Judgement
 
 SHOWN = 3
 ORPHANS_SHOWN = 20
@@ -78,6 +79,10 @@ def _places(run: Run, out: Console) -> None:
     if storage.exists(run.uri("report", "contact_sheet.png")):
         out.print(f"picture        {run.uri('report', 'contact_sheet.png')}", soft_wrap=True)
     out.print(f"page           {run.uri('report', 'index.html')}", soft_wrap=True)
+    if members_of(run):
+        out.print(
+            f"members        {run.uri(FOLDER)}: {len(members_of(run))} runs, each with all of this", soft_wrap=True
+        )
     out.print("query them     " + duckdb_line(run), soft_wrap=True)
 
 
@@ -97,14 +102,16 @@ def show_plan(run: Run, plan: Plan) -> None:
     spec, tune, score = run.spec, run.spec.resources.tune, run.spec.resources.score
     done = len(run.committed()) if storage.exists(run.uri("run.yaml")) else 0
     actors = f"{score.actors} actors" if score.actors else "as many actors as fit"
+    each, times = (", of each member", f"{plan.members} members x ") if plan.members > 1 else ("", "")
     table = Table(show_header=False, box=None)
     rows = {
         "run": run.uri() + (f" (begun: {done} shards of {plan.shards} are scored)" if done else ""),
         "corpus": f"{plan.rows:,} training examples in {plan.files:,} files",
         "shards": f"{plan.shards:,} of up to {spec.score.shard_rows:,} rows",
         "queries": f"{plan.queries:,} of {plan.query_rows:,} rows together",
-        "producer": f"{spec.producer.implementation}: {plan.queries:,} counterparts to tune",
-        "forward passes": f"{plan.forward_passes:,} = {plan.rows:,} examples x (1 base + {plan.queries} counterparts)",
+        "producer": f"{spec.producer.implementation}: {plan.queries:,} counterparts to tune{each}",
+        "forward passes": f"{plan.forward_passes:,} = {times}{plan.rows:,} examples x (1 base + {plan.queries} counterparts)",
+        **({"members": _members_planned(plan)} if plan.members > 1 else {}),
         "objects": f"{plan.objects:,} written in all",
         "scores": f"about {plan.score_bytes / MIB:,.1f} MiB of Parquet",
         "ray": spec.resources.address or "RAY_ADDRESS, else embedded on this machine",
@@ -116,6 +123,12 @@ def show_plan(run: Run, plan: Plan) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console().print(table)
+
+
+def _members_planned(plan: Plan) -> str:
+    return (
+        f"{plan.members}, each a run of its own that tunes and scores: {plan.members} times the work; then their mean"
+    )
 
 
 def show_status(run: Run) -> None:
@@ -133,6 +146,8 @@ def show_status(run: Run) -> None:
     for name in ("stage", "state", "figures"):
         table.add_column(name)
     table.add_row("freeze", "done", f"{run.rows:,} rows in {len(run.shards):,} shards, {len(run.query_ids):,} queries")
+    for place in range(number_of_members(run)):
+        table.add_row(*_member_status(run, place))
     table.add_row("tune", _state(queries, len(run.query_ids)), f"{queries:,} of {len(run.query_ids):,} counterparts")
     figures = f"{commits:,} of {run.number_of_works:,} shards, {scored:,} rows scored, {rejected:,} rejected"
     if quarantined:
@@ -144,9 +159,20 @@ def show_status(run: Run) -> None:
     console().print(table)
 
 
-def show_audit(run: Run, found: Audit) -> None:
-    """What a verification found."""
-    out = console()
+def _member_status(run: Run, place: int) -> tuple[str, str, str]:
+    if place >= len(members_of(run)):
+        return member_name(place), "not yet", ""
+    member = members_of(run)[place]
+    queries, shards, sealed = len(member.committed_queries()), len(member.committed()), member.is_sealed()
+    state = "done" if sealed else _state(shards, member.number_of_works)
+    figures = f"{queries:,} of {len(member.query_ids):,} counterparts, {shards:,} of {member.number_of_works:,} shards"
+    return member_name(place), state, figures + (", sealed" if sealed else "")
+
+
+def show_audit(run: Run, found: Audit, inside: Run) -> None:
+    """What a verification found of a run, or of a member of the ensemble that it is inside of."""
+    out, place = console(), run.uri().removeprefix(inside.uri()).lstrip("/")
+    place = f"{place}/" if place else ""
     read = (
         f"{found.read_bytes / MIB:,.1f} MiB read and compared" if found.read_bytes else "sizes compared, nothing read"
     )
@@ -165,9 +191,9 @@ def show_audit(run: Run, found: Audit) -> None:
         table.add_row(name, value)
     out.print(table)
     for finding in found.damage:
-        out.print(f"damaged   {finding.path}: {finding.what}", soft_wrap=True)
+        out.print(f"damaged   {place}{finding.path}: {finding.what}", soft_wrap=True)
     for path in sorted(found.orphans)[:ORPHANS_SHOWN]:
-        out.print(f"orphan    {path}", soft_wrap=True)
+        out.print(f"orphan    {place}{path}", soft_wrap=True)
     if found.orphans:
         out.print("`mirrorscope gc` deletes orphans", soft_wrap=True)
 
@@ -221,7 +247,7 @@ def show_judgements(found: Sequence[Judgement], uri: str) -> None:
         for row in judgement.rows:
             table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
         out.print(table)
-    show_place("tables, figures", f"{uri}/report")
+    show_place("report", f"{uri}/report")
 
 
 def show_fields(section: str | None) -> None:

@@ -53,13 +53,13 @@ def test_the_tables_in_the_docs_are_the_schemas():
 
 
 def test_the_readmes_minimal_spec_names_real_fields():
-    """The YAML in the README parses as specs: of a classifier, of a language model."""
+    """The YAML in the README parses as specs: of a classifier, of a language model, of an ensemble."""
     import yaml
 
     from pipeline.specfile import parse_spec
 
     tasks = [parse_spec(yaml.safe_load(block)).task.name for block in blocks(README, "yaml")]
-    assert ["classification", "causal_lm"] == tasks
+    assert ["classification", "causal_lm", "classification"] == tasks
 
 
 def test_the_task_and_producer_in_the_docs_work(make_spec, tmp_path, monkeypatch):
