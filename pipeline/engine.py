@@ -6,6 +6,9 @@ A counterpart is the tensors in which it differs from the base. The one module i
 pointer per tensor, no copy), so memory is the base plus the differences and any `nn.Module` works as it is. Of a tensor that
 differs by a low-rank product only the factors are held; it is made of them when its counterpart's turn comes.
 
+What counterparts have in common with the base, up to the first module that they change, is computed once for a batch; see
+`trunk.py`.
+
 On a CPU convolutions and pooling over images are 1.6 to 3.5 times as fast where channels stand last in memory; that takes no
 more than kernels that are laid out so. A model that does not bear it, by what the first batch says, has them back as they were.
 """
@@ -13,7 +16,7 @@ more than kernels that are laid out so. A model that does not bear it, by what t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +26,8 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .changes import Change, LowRank
+from .observe import say
+from .trunk import Trunk
 
 SAME = 1e-3
 """By how much losses may differ between two orders of adding up, in nats and relative; half precision has the most."""
@@ -74,6 +79,9 @@ class LossEngine:
         self._dtype = floats[0].dtype if floats else torch.float32
         self._device = next(iter(self._slots.values())).device if self._slots else torch.device("cpu")
         self._made = self._room_for_products()
+        changed = {id(slot): slot for swaps in self._counterparts for slot, *_ in swaps}
+        self._trunk: Trunk | None = Trunk(model, list(changed.values()))
+        self._is_trunk_tried = False
         sees_images = any(isinstance(module, nn.Conv2d) for module in model.modules())
         rounds_finely = self._dtype in (
             torch.float32,
@@ -152,35 +160,76 @@ class LossEngine:
             for slot, base, _ in swaps:
                 slot.data = base
 
-    def losses(self, batches: Iterable[Batch], positions: Sequence[int] | None = None) -> Losses:
+    def losses(
+        self, batches: Iterable[Batch], positions: Sequence[int] | None = None, base_S: np.ndarray | None = None
+    ) -> Losses:
         """Losses of N examples.
 
         Args:
             batches: Together they have each of the N items once; floating-point arrays are cast to the model's dtype.
             positions: Counterparts to use, in this order; null for all.
+            base_S: The items' losses under the base model where they are known: its pass is then left out.
 
         Raises:
             ValueError: The task returned losses of another shape than [B], or in half precision.
         """
-        positions = range(len(self._counterparts)) if positions is None else positions
-        items: list[np.ndarray] = []
-        losses_M: list[list[Tensor]] = [[] for _ in (None, *positions)]
-        with torch.inference_mode():
+        chosen = list(range(len(self._counterparts)) if positions is None else positions)
+        passes = [*chosen] if base_S is not None else [None, *chosen]
+        items, losses_M = [np.empty(0, np.int64)], [[torch.empty(0)] for _ in passes]
+        with torch.inference_mode(), self._trunk.installed() if self._trunk else nullcontext():
             for batch in batches:
                 tensors, kept = self._tensors(batch), len(batch.item_B)
-                items.append(batch.item_B)
                 if not self._is_laid_out:
                     self._try_channels_last(tensors)
-                losses_M[0].append(self._loss_B(self._model, tensors)[:kept])
-                for position, losses in zip(positions, losses_M[1:], strict=True):
-                    with self.counterpart(position) as model:
-                        losses.append(self._loss_B(model, tensors)[:kept])
-        if not items:
-            return Losses(np.empty(0, np.float32), np.empty((len(positions), 0), np.float32))
+                items.append(batch.item_B)
+                for losses, loss_B in zip(losses_M, self._passes(tensors, passes), strict=True):
+                    losses.append(loss_B[:kept])
         item_N = np.concatenate(items)
-        losses_MN = np.stack([_join(losses) for losses in losses_M])
+        losses_MN = np.stack([_join(losses) for losses in losses_M]) if losses_M else np.empty((0, len(item_N)))
         losses_MN[:, item_N] = losses_MN.copy()
-        return Losses(losses_MN[0], losses_MN[1:])
+        return Losses(losses_MN[0], losses_MN[1:]) if base_S is None else Losses(base_S, losses_MN)
+
+    def _passes(self, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> list[Tensor]:
+        """Losses [B] under the base (null) and counterparts; what they have in common is computed in the first pass."""
+        if len(passes) > 1 and self._trunk is not None and not self._is_trunk_tried:
+            if not self._bears_trunk(self._trunk, tensors, [passes[0], *{passes[1], passes[-1]}]):
+                self._trunk = None
+            self._is_trunk_tried = True
+        if len(passes) < 2 or self._trunk is None:
+            return [self._pass(tensors, position) for position in passes]
+        return self._shared_passes(self._trunk, tensors, passes)
+
+    def _shared_passes(self, trunk: Trunk, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> list[Tensor]:
+        with trunk.recording():
+            found = [self._pass(tensors, passes[0])]
+        for position in passes[1:]:
+            with trunk.replaying():
+                found.append(self._pass(tensors, position))
+        return found
+
+    def _pass(self, tensors: Mapping[str, Tensor], position: int | None) -> Tensor:
+        with nullcontext(self._model) if position is None else self.counterpart(position) as model:
+            return self._loss_B(model, tensors)
+
+    def _bears_trunk(self, trunk: Trunk, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> bool:
+        """Whether there is something in the trunk, and losses with it are those of whole passes to the bit."""
+        whole = [self._pass(tensors, passes[0])]  # first of all: tasks may look at their model when it first comes
+        with trunk.recording():
+            self._pass(tensors, passes[0])
+        if trunk.is_empty:
+            return False
+        whole += [self._pass(tensors, position) for position in passes[1:]]
+        try:
+            shared = self._shared_passes(trunk, tensors, passes)
+            if all(torch.allclose(*pair, rtol=0, atol=0, equal_nan=True) for pair in zip(whole, shared, strict=True)):
+                return True
+        except Exception:  # noqa: BLE001 - whatever a model says whose modules do not run
+            pass
+        say(
+            f"warning: {type(self._model).__name__} uses parameters before the module that owns them is called, or changes what "
+            "modules returned: it is computed from its beginning for every counterpart"
+        )
+        return False
 
     def _tensors(self, batch: Batch) -> dict[str, Tensor]:
         tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
@@ -206,4 +255,4 @@ def _in_order(tensor: Tensor, order: torch.memory_format) -> Tensor:
 
 def _join(parts: list[Tensor]) -> np.ndarray:
     """Batches of losses as one array; the only place where the device is waited for."""
-    return torch.cat(parts).cpu().numpy()
+    return torch.cat(parts[1:] or parts).cpu().numpy()

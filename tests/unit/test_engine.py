@@ -137,7 +137,8 @@ def test_a_model_that_asks_for_the_order_in_memory_is_left_as_it_is(take):
     tried = []
     base.second.register_forward_pre_hook(lambda module, _: tried.append(module.weight.is_contiguous()))
     got = LossEngine(base, TASK, [moved(base, 0.05)]).losses(Arrays(batch).batches(64))
-    assert [True, False, True, True] == tried
+    assert [True, False] == tried[:2]
+    assert all(tried[2:])
     assert base.second.weight.is_contiguous()
     assert np.array_equal(plain_N, got.base_N)
     assert np.isfinite(got.counterpart_QN).all()
