@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .changes import Change, LowRank
+from .derivatives import Derivative, Derivatives, forward_along
+from .layer_rules import slots_of
+from .numerics import to_loss_dtype
 from .observe import say
 from .trunk import Trunk
 
@@ -48,10 +52,19 @@ class Losses:
     Args:
         base_N: Under the base model.
         counterpart_QN: Under each counterpart, in the order the engine was given them.
+        derivative_QN: What of the difference is known to more digits than losses have; null where losses were compared.
     """
 
     base_N: np.ndarray
     counterpart_QN: np.ndarray
+    derivative_QN: np.ndarray | None = None
+
+    @property
+    def difference_QN(self) -> np.ndarray:
+        """By how much each counterpart's loss is above the base's, float64."""
+        if self.derivative_QN is not None:
+            return self.derivative_QN.astype(np.float64)
+        return self.counterpart_QN.astype(np.float64) - self.base_N.astype(np.float64)
 
 
 class LossEngine:
@@ -70,15 +83,14 @@ class LossEngine:
 
     def __init__(self, model: nn.Module, task: LossFunction, counterparts: Sequence[Mapping[str, Change]]) -> None:
         self._model, self._task = model, task
-        self._slots = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
+        self._slots = slots_of(model)
         self._counterparts = [self._aligned(changes) for changes in counterparts]
         floats = [slot for slot in self._slots.values() if slot.is_floating_point()]
         self._dtype = floats[0].dtype if floats else torch.float32
         self._device = next(iter(self._slots.values())).device if self._slots else torch.device("cpu")
         self._made = self._room_for_products()
+        self._names = {id(slot): name for name, slot in self._slots.items()}
+        self._backward: dict[tuple[int, ...], Derivatives] = {}
         changed = {id(slot): slot for swaps in self._counterparts for slot, *_ in swaps}
         self._trunk: Trunk | None = Trunk(model, list(changed.values()))
         self._is_trunk_tried = False
@@ -188,6 +200,63 @@ class LossEngine:
         losses_MN = np.stack([_join(losses) for losses in losses_M]) if losses_M else np.empty((0, len(item_N)))
         losses_MN[:, item_N] = losses_MN.copy()
         return Losses(losses_MN[0], losses_MN[1:]) if base_S is None else Losses(base_S, losses_MN)
+
+    def derivatives(self, batches: Iterable[Batch], positions: Sequence[int] | None, way: Derivative) -> Losses:
+        """Losses of N examples under the base, and of what they change by to first order on the way to each counterpart.
+
+        Args:
+            batches: As of `losses`.
+            positions: As of `losses`.
+            way: `gradient`: one pass forwards and one backwards for all counterparts; `jvp`: one pass on dual numbers for each.
+
+        Raises:
+            ValueError: The model does not bear it; what `losses` says may help. Or as `losses`.
+        """
+        chosen = list(range(len(self._counterparts)) if positions is None else positions)
+        items, base_M, derivative_M = [np.empty(0, np.int64)], [torch.empty(0)], [torch.empty(0, len(chosen))]
+        with torch.inference_mode(False):
+            for batch in batches:
+                tensors, kept = self._tensors(batch), len(batch.item_B)
+                if not self._is_laid_out:
+                    with torch.no_grad():
+                        self._try_channels_last(tensors)
+                items.append(batch.item_B)
+                loss_B, derivative_BQ = self._derivatives(tensors, tuple(chosen), way)
+                base_M.append(loss_B[:kept])
+                derivative_M.append(derivative_BQ[:kept])
+        item_N = np.concatenate(items)
+        base_N, derivative_NQ = _join(base_M), _join(derivative_M)
+        base_N[item_N], derivative_NQ[item_N] = base_N.copy(), derivative_NQ.copy()
+        derivative_QN = np.ascontiguousarray(derivative_NQ.T)
+        return Losses(base_N, (base_N + derivative_QN).astype(base_N.dtype), derivative_QN)
+
+    def _derivatives(
+        self, tensors: Mapping[str, Tensor], chosen: tuple[int, ...], way: Derivative
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [B] and derivatives [B, Q]."""
+        loss, rows = partial(self._loss_B, self._model, tensors), len(next(iter(tensors.values())))
+        if way == "jvp":
+            loss_B, columns = loss().detach(), []
+            for position in chosen:
+                loss_B, derivative_B = forward_along(self._model, self._step(position), loss)
+                columns.append(derivative_B)
+            return loss_B, torch.stack(columns, dim=1) if columns else loss_B.new_empty(len(loss_B), 0)
+        if chosen not in self._backward:
+            with torch.no_grad():
+                loss()  # tasks may look at their model when it first comes
+            backward = Derivatives(self._model, [self._step(position) for position in chosen])
+            backward.require_right(loss, rows)
+            self._backward = {chosen: backward}
+        return self._backward[chosen].along(loss, rows)
+
+    def _step(self, position: int) -> dict[str, Change]:
+        """What a counterpart adds to the base."""
+        return {
+            self._names[id(slot)]: change
+            if isinstance(change, LowRank)
+            else to_loss_dtype(change) - to_loss_dtype(base)
+            for slot, base, change in self._counterparts[position]
+        }
 
     def _passes(self, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> list[Tensor]:
         """Losses [B] under the base (null) and counterparts; what they have in common is computed in the first pass."""

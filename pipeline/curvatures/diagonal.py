@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..tasks.base import Batch, Task, to_loss_dtype
+from ..numerics import to_loss_dtype
+from ..tasks.base import Batch, Task
 from .base import Parameters, Sample
 from .fisher import with_drawn_labels
 from .per_example import PerExample

@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..tasks.base import Batch, Task, to_loss_dtype
+from ..layers import Layer, layers_in
+from ..numerics import to_loss_dtype
+from ..tasks.base import Batch, Task
 from .base import Parameters, Sample
 from .diagonal import mean_squares
 from .fisher import with_drawn_labels
-from .layers import Layer, layers_in
 from .per_example import PerExample, Seen
 
 LARGEST_SIDE = 16384
@@ -69,7 +70,7 @@ class EKFAC:
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]
     ) -> None:
         """See Curvature."""
-        layers = layers_in(model, parameters)
+        layers = layers_in(model, parameters.tensors)
         self._layers = {name: layer for name, layer in layers.items() if f"{name}/{_VALUES}" in tensors}
         self._parameters, self._tensors = parameters, dict(tensors)
 

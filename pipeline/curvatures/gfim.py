@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericsError
-from ..tasks.base import Batch, Task, to_loss_dtype
+from ..numerics import to_loss_dtype
+from ..tasks.base import Batch, Task
 from .base import Parameters, Sample
 from .diagonal import mean_squares
 from .fisher import with_drawn_labels

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ContractError
-from ..tasks.base import Batch, Task, to_loss_dtype
+from ..layers import Layer, Use, row_slices, uses_in, watched
+from ..numerics import to_loss_dtype
+from ..tasks.base import Batch, Task
 from .base import Parameters, Sample
 from .fisher import weighted_loss
-from .layers import Layer, Use, row_slices, uses_in, watched
 from .linearised import StandIn
 
 PIECE_BYTES = 1 << 28
@@ -68,7 +69,7 @@ class PerExample:
 
     def __init__(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample) -> None:
         self._model, self._task, self._parameters = model, task, parameters
-        self._uses = uses_in(model, parameters)
+        self._uses = uses_in(model, parameters.tensors)
         like = torch.zeros(len(parameters.names), device=parameters.device)
         right = sample.first(parameters.device).sum(lambda batch: self._right(batch).to(like), like).tolist()
         self.others = [name for name, each in zip(parameters.names, right, strict=True) if not each]
@@ -98,7 +99,7 @@ class PerExample:
                 yield Seen(
                     layer,
                     torch.cat([layer.inputs(given) for given, _ in sides], dim=1),
-                    torch.cat([layer.slopes(slope) for _, slope in sides], dim=1),
+                    torch.cat([layer.slopes(to_loss_dtype(slope)) for _, slope in sides], dim=1),
                 )
 
     def gradients(self, batch: Batch, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:

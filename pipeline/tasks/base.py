@@ -82,8 +82,3 @@ class SequenceTask(Task, Protocol):
     def token_texts(self, ids: list[int]) -> list[str]:
         """Token ids as text, one each."""
         ...
-
-
-def to_loss_dtype(values: Tensor) -> Tensor:
-    """Upcast half-precision outputs to float32, so that the loss is computed in float32 or better."""
-    return values if values.dtype.itemsize >= 4 else values.float()

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ContractError
+from ..layers import entries_of
+from ..numerics import to_loss_dtype
 from ..observe import say
-from .base import Batch, to_loss_dtype
+from .base import Batch
 
 IGNORED = -100
 """Label of a token whose loss does not count: what Hugging Face's models mean by it too."""
@@ -48,8 +50,8 @@ def token_losses(model: nn.Module, inputs: Batch, label_BT: Tensor) -> Tensor:
     label_M = label_BT[counted_BT]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None and _is_plain(model, head, inputs):
-        hidden_MD = _hidden(model, head, inputs)[counted_BT]
-        loss_M = _in_chunks(_with_extras(model, head), hidden_MD, label_M)
+        hidden_MD, row_M = _hidden(model, head, inputs)[counted_BT], counted_BT.nonzero()[:, 0]
+        loss_M = _in_chunks(_with_extras(model, head), hidden_MD, label_M, row_M)
     else:
         loss_M = _cross_entropy(_logits(model, inputs)[counted_BT], label_M)
     loss_BT = torch.zeros(label_BT.shape, dtype=loss_M.dtype, device=loss_M.device)
@@ -85,8 +87,8 @@ def _cross_entropy(logits_MV: Tensor, label_M: Tensor) -> Tensor:
     return F.cross_entropy(to_loss_dtype(logits_MV), label_M, reduction="none")
 
 
-def _in_chunks(head: _Head, hidden_MD: Tensor, label_M: Tensor) -> Tensor:
-    """Losses of M tokens, whose logits are made and forgotten a few at a time; in a backward pass they are made again."""
+def _in_chunks(head: _Head, hidden_MD: Tensor, label_M: Tensor, row_M: Tensor) -> Tensor:
+    """Losses of M tokens of these rows; logits are made and forgotten a few at a time, and made again in a backward pass."""
     vocabulary = head(hidden_MD[:1]).shape[-1]
     size = max(1, CHUNK_BYTES // (vocabulary * 4))
 
@@ -97,7 +99,8 @@ def _in_chunks(head: _Head, hidden_MD: Tensor, label_M: Tensor) -> Tensor:
     for start in range(0, len(label_M), size):
         piece = hidden_MD[start : start + size], label_M[start : start + size]
         again = torch.is_grad_enabled() and len(label_M) > size
-        parts.append(checkpoint(losses, *piece, use_reentrant=False) if again else losses(*piece))
+        with entries_of(row_M[start : start + size]):
+            parts.append(checkpoint(losses, *piece, use_reentrant=False) if again else losses(*piece))
     return torch.cat(parts) if parts else hidden_MD.new_zeros(0, dtype=torch.float32)
 
 
@@ -205,7 +208,7 @@ def _agrees(model: nn.Module, head: nn.Module, inputs: Batch) -> bool:
     label_T = logits_TV.argmax(dim=-1)
     try:
         hidden_TD = _hidden(model, head, inputs)[0]
-        ours_T = _in_chunks(_with_extras(model, head), hidden_TD, label_T)
+        ours_T = _in_chunks(_with_extras(model, head), hidden_TD, label_T, torch.zeros_like(label_T))
     except (
         RuntimeError,
         TypeError,

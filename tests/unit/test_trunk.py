@@ -15,6 +15,8 @@ from pipeline.tasks.language import CausalLM
 from tests.language import gpt
 
 TASK = Classification("pixels", "label", [1, 8, 8])
+CAUSAL = CausalLM.__new__(CausalLM)  # without a tokenizer: ids are given
+CAUSAL.per_token = True
 ROWS, BATCH_ROWS = 48, 16
 BATCHES = ROWS // BATCH_ROWS
 
@@ -209,10 +211,8 @@ def test_language_models_share_their_first_blocks(changed, tied, capsys):
     for i, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
     counterparts = [moved(model, changed, seed=seed) for seed in (1, 2)]
-    task = CausalLM.__new__(CausalLM)
-    task.per_token = True
-    assert_plain(model, task, counterparts, texts())
-    engine = LossEngine(model, task, counterparts)
+    assert_plain(model, CAUSAL, counterparts, texts())
+    engine = LossEngine(model, CAUSAL, counterparts)
     engine.losses(texts().batches(BATCH_ROWS, 64))
     runs[:] = [0, 0]
     engine.losses(texts().batches(BATCH_ROWS, 64))
@@ -224,7 +224,5 @@ def test_language_models_share_their_first_blocks(changed, tied, capsys):
 def test_a_tied_embedding_that_changes_leaves_nothing_to_share(capsys):
     """Its output layer's weight is the first thing that the model uses."""
     model = gpt(tied=True)
-    task = CausalLM.__new__(CausalLM)
-    task.per_token = True
-    assert_plain(model, task, [moved(model, "model.embed_tokens")], texts())
+    assert_plain(model, CAUSAL, [moved(model, "model.embed_tokens")], texts())
     assert "" == capsys.readouterr().err

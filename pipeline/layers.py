@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,11 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..tasks.base import to_loss_dtype
-from .base import Parameters
+from .changes import LowRank
+from .numerics import to_loss_dtype
 
 _PADDED: Mapping[str, str] = {"zeros": "constant"}
 """torch's name for a convolution's padding -> the same for `pad`, where they differ."""
+
+
+_entry_rows: ContextVar[Tensor | None] = ContextVar("entry_rows", default=None)
+
+
+@contextmanager
+def entries_of(row_M: Tensor) -> Iterator[None]:
+    """In the block layers are called with entries of some rows of a batch, one behind the other, instead of with rows.
+
+    Args:
+        row_M: Which row each is of, ascending.
+    """
+    token = _entry_rows.set(row_M)
+    try:
+        yield
+    finally:
+        _entry_rows.reset(token)
+
+
+def entry_rows() -> Tensor | None:
+    """What `entries_of` said; null outside of it."""
+    return _entry_rows.get()
 
 
 class Use(Protocol):
@@ -66,8 +89,7 @@ class Layer:
 
     def joined(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Something of its parameters' shapes, [Q, *shape] each, as one matrix: [Q, O, I]."""
-        weight = tensors[self.weight]
-        matrix = weight.mT if _is_transposed(self.module) else weight.flatten(2)
+        matrix = self.joined_weight(tensors[self.weight])
         return torch.cat([matrix, tensors[self.bias][..., None]], dim=-1) if self.bias else matrix
 
     def parted(self, matrix_QOI: Tensor) -> dict[str, Tensor]:
@@ -77,22 +99,31 @@ class Layer:
         turned = weight.mT if _is_transposed(self.module) else weight.reshape(len(weight), *shape)
         return {self.weight: turned, **({self.bias: matrix_QOI[..., -1]} if self.bias else {})}
 
+    def joined_weight(self, weight: Tensor) -> Tensor:
+        """Something of its weight's shape, [Q, *shape], as one matrix: [Q, O, I]."""
+        return weight.mT if _is_transposed(self.module) else weight.flatten(2)
+
+    def turned(self, change: LowRank) -> LowRank:
+        """A change of its weight as one of the matrix [O, I]."""
+        return LowRank(change.right.mT, change.left.mT) if _is_transposed(self.module) else change
+
     def gradients(self, given: Tensor, slope: Tensor) -> dict[str, Tensor]:
         """See Use."""
-        return self.parted(self.slopes(slope).mT @ self.inputs(given))
+        return self.parted(self.slopes(to_loss_dtype(slope)).mT @ self.inputs(given))
 
     def inputs(self, given: Tensor) -> Tensor:
         """What it was called with as [B, T, I], float32 or better, with a 1 for the bias."""
-        given = to_loss_dtype(given)
-        if isinstance(self.module, nn.Conv1d | nn.Conv2d):
-            input_BTI = _patches(self.module, given)
-        else:
-            input_BTI = given.reshape(len(given), -1, given.shape[-1])
+        input_BTI = self.positions(to_loss_dtype(given))
         return F.pad(input_BTI, (0, 1), value=1.0) if self.bias else input_BTI
 
+    def positions(self, given: Tensor) -> Tensor:
+        """What it was called with as [B, T, I], as it is."""
+        if isinstance(self.module, nn.Conv1d | nn.Conv2d):
+            return _patches(self.module, given)
+        return given.reshape(len(given), -1, given.shape[-1])
+
     def slopes(self, given: Tensor) -> Tensor:
-        """Gradients of what it returned as [B, T, O], float32 or better."""
-        given = to_loss_dtype(given)
+        """Gradients of what it returned as [B, T, O], as they are."""
         if isinstance(self.module, nn.Conv1d | nn.Conv2d):
             return given.flatten(2).mT
         return given.reshape(len(given), -1, given.shape[-1])
@@ -175,9 +206,9 @@ class Lookup:
         return {self.weight: total.view(rows, words, width)}
 
 
-def uses_in(model: nn.Module, parameters: Parameters) -> list[Use]:
+def uses_in(model: nn.Module, chosen: Mapping[str, Tensor]) -> list[Use]:
     """Layers of these kinds that use chosen parameters. What they are taken for is a guess, to be checked."""
-    names = {id(tensor): name for name, tensor in parameters.tensors.items()}
+    names = {id(tensor): name for name, tensor in chosen.items()}
     found: list[Use] = []
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
@@ -195,9 +226,9 @@ def uses_in(model: nn.Module, parameters: Parameters) -> list[Use]:
     return found
 
 
-def layers_in(model: nn.Module, parameters: Parameters) -> dict[str, Layer]:
+def layers_in(model: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, Layer]:
     """Layers with a matrix of weights, by the name of their weight."""
-    return {use.weight: use for use in uses_in(model, parameters) if isinstance(use, Layer)}
+    return {use.weight: use for use in uses_in(model, chosen) if isinstance(use, Layer)}
 
 
 @dataclass
