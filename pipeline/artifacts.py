@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
 from . import storage
+from .calibration import Way
 from .errors import ArtifactError, ForeignError, InputError
 from .folder import json_bytes, parallel, partition
 from .given import Given
@@ -93,6 +94,37 @@ class Run(Given):
         named = [query_id for query_id in self.query_ids if partition(query_id) in there]
         done = parallel(lambda q: storage.exists(self.uri("counterparts", partition(q), "meta.json")), named)
         return {query_id for query_id, committed in zip(named, done, strict=True) if committed}
+
+    # --- how scores are made -----------------------------------------------------------------------------------------
+
+    def commit_calibration(self, calibration: Mapping[str, Any]) -> None:
+        """Write calibration.json; the first one stands, as long as the run does: all its shards are scored in one way."""
+        data = json_bytes({**calibration, "fingerprint": self.additions[0].fingerprint})
+        if self.resolved.commits == "create":
+            storage.create_bytes(self.uri("calibration.json"), data)
+        elif self.calibration() is None:
+            self.write(data, "calibration.json")
+
+    def calibration(self) -> dict[str, Any] | None:
+        """What was committed; null if nothing was. Raises ArtifactError: it is damaged, or of another run."""
+        try:
+            found = self.read_json("calibration.json")
+        except InputError:
+            return None
+        if not isinstance(found, dict) or found.get("way") not in ("difference", "gradient", "jvp"):
+            raise ArtifactError(
+                f"{self.uri('calibration.json')} is damaged", "delete it: the next start measures again"
+            )
+        self._require_own(found.get("fingerprint"), "calibration.json")
+        return found
+
+    @property
+    def way(self) -> Way:
+        """How scores are made: what the spec says, else what was measured; `difference` before."""
+        if self.spec.score.way != "auto":
+            return self.spec.score.way
+        found = self.calibration()
+        return cast("Way", found["way"]) if found is not None else "difference"
 
     # --- what a producer found out about the corpus ------------------------------------------------------------------
 
@@ -277,6 +309,7 @@ class Run(Given):
             )
 
 
-def counterparts_digest(tensors_sha256: Sequence[str]) -> str:
-    """One digest of several counterparts, from those of their tensors in order."""
-    return storage.bytes_digest("\n".join(tensors_sha256).encode())
+def counterparts_digest(tensors_sha256: Sequence[str], way: str = "difference") -> str:
+    """One digest of several counterparts, from those of their tensors in order, and of the way in which they are scored."""
+    lines = [*tensors_sha256, *([] if way == "difference" else [f"way: {way}"])]
+    return storage.bytes_digest("\n".join(lines).encode())

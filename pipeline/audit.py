@@ -198,7 +198,7 @@ class _Look:
 
     def __init__(self, run: Run, stored: dict[str, Stored], deep: bool) -> None:
         self.run, self._stored, self._deep = run, stored, deep
-        self.read_bytes = 0
+        self.read_bytes, self.way = 0, run.way
         self.tensors: dict[str, str] = {}
 
     def commit(self, addition: int, shard_id: int) -> tuple[set[str], list[Finding], Receipt | None]:
@@ -226,7 +226,7 @@ class _Look:
     def _wrong_models(self, receipt: Receipt, work: Work) -> Iterator[str]:
         there = [self.tensors[query_id] for query_id in work.query_ids if query_id in self.tensors]
         whole = len(there) == len(work.query_ids) and receipt.quarantined is None
-        if whole and receipt.counterparts != counterparts_digest(there):
+        if whole and receipt.counterparts != counterparts_digest(there, self.way):
             yield "was scored under other counterparts than those that are there"
 
     def wrong(self, path: str, sha256: str | None, size_bytes: int | None, rows: int | None = None) -> Iterator[str]:

@@ -15,13 +15,14 @@ more than kernels that are laid out so. A model that does not bear it, by what t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +59,11 @@ class Losses:
     base_N: np.ndarray
     counterpart_QN: np.ndarray
     derivative_QN: np.ndarray | None = None
+
+    def mapped(self, each: Callable[[np.ndarray], np.ndarray]) -> Losses:
+        """With each array replaced by what is made of it."""
+        derivative_QN = None if self.derivative_QN is None else each(self.derivative_QN)
+        return Losses(each(self.base_N), each(self.counterpart_QN), derivative_QN)
 
     @property
     def difference_QN(self) -> np.ndarray:
@@ -105,6 +111,23 @@ class LossEngine:
     def model(self) -> nn.Module:
         """The base model."""
         return self._model
+
+    @property
+    def steps_bytes(self) -> int:
+        """Memory that the steps of all counterparts take in a backward pass."""
+        swaps = [swap for found in self._counterparts for swap in found]
+        return sum(
+            base.element_size()
+            * (each.left.numel() + each.right.numel() if isinstance(each, LowRank) else base.numel())
+            for _, base, each in swaps
+        )
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of the device that is free."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self._device)[0])
+        return int(psutil.virtual_memory().available)
 
     def _aligned(self, changes: Mapping[str, Change]) -> list[tuple[Tensor, Tensor, Change]]:
         """(slot, base tensor, change) of every tensor that differs; tied names share one slot."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from .artifacts import Run, counterparts_digest
 from .attempts import Attempt, Worker, start_attempts
+from .calibration import MANY, Calibration
 from .cluster import Watchdog, actors_of, errors_of
 from .ensemble import Ensemble
 from .errors import PipelineError, QuarantineError, UnavailableError
@@ -52,6 +53,7 @@ def score(run: Run) -> None:
         StorageError: The store refused, or was gone for too long.
         ClusterError: Resources are missing, or actors could not start.
     """
+    _calibrate(run)
     tally = _tally(run)
     run.require_few_rejects(tally.rejects)
     pending = [key for key in _keys(run) if key not in tally.done]
@@ -59,6 +61,42 @@ def score(run: Run) -> None:
         _score(run, pending, tally)
     if tally.quarantined:
         _tell_quarantined(run, tally)
+
+
+def _calibrate(run: Run) -> None:
+    """Choose the way of scoring, once for the run, in a worker like those that will score."""
+    if run.spec.score.way != "auto" or len(run.query_ids) < MANY or isinstance(run, Ensemble):
+        return
+    if run.committed() or run.calibration() is not None:
+        return
+    import ray
+
+    resources = run.spec.resources.score
+    remote = ray.remote(_calibrated).options(
+        num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.max_failures
+    )
+    with errors_of("score"), Watchdog("score").watching():
+        said = ray.get(remote.remote(run.uri()))
+    for notice in said["notices"]:
+        say(notice)
+    if said["error"]:
+        raise pickle.loads(said["error"])
+    found: Calibration | None = said["found"]
+    if found is not None:
+        run.commit_calibration(found.to_json())
+        say(f"score by {found.way}: {found.why}")
+
+
+def _calibrated(run_uri: str) -> dict[str, Any]:
+    """What a worker measured, and said."""
+    found, raised = None, b""
+    try:
+        scorer = _scorer(open_run(run_uri), None)
+        assert isinstance(scorer, ShardScorer)
+        found = scorer.calibrate()
+    except PipelineError as error:
+        raised = pickle.dumps(error)
+    return {"found": found, "error": raised, "notices": unsent()}
 
 
 @dataclass
@@ -81,14 +119,14 @@ def _keys(run: Run) -> Iterator[_Key]:
 
 def _tally(run: Run) -> _Tally:
     """What is committed. A shard that was scored under a counterpart which was made anew with other bytes is scored anew."""
-    tally = _Tally()
+    tally, way = _Tally(), run.way
     tensors = {
         query_id: run.counterpart_meta(query_id)["tensors"]["sha256"] for query_id in sorted(run.committed_queries())
     }
     stale: list[str] = []
     for receipt in run.receipts():
         query_ids = run.work(receipt.addition, receipt.shard_id).query_ids
-        there = counterparts_digest([tensors[query_id] for query_id in query_ids if query_id in tensors])
+        there = counterparts_digest([tensors[query_id] for query_id in query_ids if query_id in tensors], way)
         if receipt.quarantined is None and receipt.counterparts != there:
             stale.append(f"commits/{receipt.name}.json")
             continue
@@ -99,7 +137,8 @@ def _tally(run: Run) -> _Tally:
             tally.quarantined[receipt.name] = (receipt.rejects, receipt.quarantined)
     if stale:
         say(
-            f"warning: {len(stale):,} shards were scored under other counterparts than those that are there: scored anew"
+            f"warning: {len(stale):,} shards were scored under other counterparts than those that are there, or in another way: "
+            "scored anew"
         )
         run.void(stale)
     return tally
@@ -241,7 +280,7 @@ class ScoreShard:
         return self._scorer.score(work)
 
 
-def _scorer(run: Run, query_ids: tuple[str, ...]) -> ShardScorer | MeanScorer:
+def _scorer(run: Run, query_ids: tuple[str, ...] | None) -> ShardScorer | MeanScorer:
     """What does a shard of a run: its models, or the mean of its members."""
     if isinstance(run, Ensemble):
         return MeanScorer(run, query_ids)

@@ -6,12 +6,14 @@ import threading
 import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from .artifacts import Run
+from .calibration import Calibration, calibrate
 from .corpus import Corpus, Examples
 from .errors import ArtifactError, InputError
 from .extensions import load_model, load_task, prepared
@@ -22,6 +24,9 @@ from .works import Receipt, Work
 if TYPE_CHECKING:
     from .batches import Inputs
     from .engine import Losses
+
+TRIED_SHARDS = 8
+"""Shards from the first on that are tried for a batch to calibrate with."""
 
 
 class ShardScorer:
@@ -51,6 +56,7 @@ class ShardScorer:
         self._corpus = Corpus(run.spec.corpus)
         metas = {query_id: run.counterpart_meta(query_id) for query_id in self._query_ids}
         self._directions = {query_id: meta["direction"] for query_id, meta in metas.items()}
+        self._way = run.way
         self._writer = ShardWriter(run, {query_id: meta["tensors"]["sha256"] for query_id, meta in metas.items()})
         changes = [from_bytes(run.counterpart_tensors(query_id)) for query_id in self._query_ids]
         model = load_model(run.spec.model, device, run.spec.seed)
@@ -105,8 +111,30 @@ class ShardScorer:
         section = self._run.spec.score
         positions = [self._query_ids.index(query_id) for query_id in work.query_ids]
         with self._about(work):
-            losses = self._engine.losses(inputs.batches(section.batch_rows, section.batch_tokens), positions)
-        return type(losses)(inputs.of_examples(losses.base_N), inputs.of_examples(losses.counterpart_QN))
+            batches = inputs.batches(section.batch_rows, section.batch_tokens)
+            if self._way == "difference":
+                losses = self._engine.losses(batches, positions)
+            else:
+                losses = self._engine.derivatives(batches, positions, self._way)
+        return losses.mapped(inputs.of_examples)
+
+    def calibrate(self) -> Calibration | None:
+        """Which way of scoring suits model and counterparts, by the first batch of the corpus; null if it has none to read.
+
+        Raises:
+            ContractError: The model or task failed.
+        """
+        section = self._run.spec.score
+        for work in islice(self._run.works(), TRIED_SHARDS):
+            try:
+                examples = self._corpus.read(work.shard, self._run.columns)
+            except InputError:
+                continue
+            _, inputs = self._prepared(work, examples)
+            for batch in inputs.batches(section.batch_rows, section.batch_tokens):
+                with self._about(work):
+                    return calibrate(self._engine, batch, len(self._query_ids))
+        return None
 
     def _about(self, work: Work) -> AbstractContextManager[None]:
         """Around what a task does with a shard."""
@@ -114,10 +142,9 @@ class ShardScorer:
         return user_code(f"task {task} on {work.shard.path} from row {work.shard.row_start}")
 
     def _scores(self, work: Work, examples: Examples, losses: Losses, q: int) -> pa.Table:
-        """Scores of one query; the difference is taken in float64 and rounded last."""
+        """Scores of one query, rounded last."""
         base_N, counterpart_N, query_id = losses.base_N, losses.counterpart_QN[q], work.query_ids[q]
-        difference_N = counterpart_N.astype(np.float64) - base_N.astype(np.float64)
-        score_N = self._directions[query_id] * difference_N
+        score_N = self._directions[query_id] * losses.difference_QN[q]
         return score_table(work, query_id, examples, base_N, counterpart_N, score_N)
 
 
@@ -131,4 +158,4 @@ def _only_finite(examples: Examples, losses: Losses, query_ids: tuple[str, ...])
         return examples, losses
     bad = {int(i): int(np.argmin(finite_MN[:, i])) for i in np.flatnonzero(~good_N)}
     kept = examples.without({i: (names[m], str(losses_MN[m, i]), "a finite loss") for i, m in bad.items()})
-    return kept, type(losses)(losses.base_N[good_N], losses.counterpart_QN[:, good_N])
+    return kept, losses.mapped(lambda each: each[..., good_N])

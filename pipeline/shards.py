@@ -26,7 +26,7 @@ class ShardWriter:
     """
 
     def __init__(self, run: Run, tensors: Mapping[str, str]) -> None:
-        self._run, self._tensors = run, tensors
+        self._run, self._tensors, self._way = run, tensors, run.way
 
     def write(self, work: Work, scores: Iterable[pa.Table], rejects: list[Reject]) -> dict[str, Written]:
         """Write everything of a shard but its commit; relative path -> size and digest.
@@ -101,7 +101,7 @@ class ShardWriter:
             compute_s=compute_s,
             k=rank.k,
             transform=topk.transform_name(rank.transform, rank.eps),
-            counterparts="" if quarantined else counterparts_digest([self._tensors[q] for q in work.query_ids]),
+            counterparts="" if quarantined else self._scored_under(work),
             quarantined=quarantined,
         )
         standing = self._run.commit(receipt)
@@ -112,6 +112,9 @@ class ShardWriter:
             twice = [path for path in paths if path not in standing.files]
             parallel(lambda path: storage.remove(self._run.uri(path)), twice)
         return standing
+
+    def _scored_under(self, work: Work) -> str:
+        return counterparts_digest([self._tensors[query_id] for query_id in work.query_ids], self._way)
 
 
 def score_table(

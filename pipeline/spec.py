@@ -86,6 +86,11 @@ class ScoreSection(Section):
     the bit under any shard size and worker count; see pipeline/decisions/. Texts go by `batch_tokens` instead."""
     batch_tokens: _Count = 4096
     """Tokens per forward pass of texts, padding included. Texts are sorted by length within a shard, so little is padding."""
+    way: Literal["auto", "difference", "gradient", "jvp"] = "auto"
+    """How a score is made. `difference`: of two losses, a pass for each query; it serves any counterpart. `gradient`: what a
+    loss changes by to first order, from one backward pass for all queries; for short steps, as `natural` takes them. `jvp`: the
+    same by forward differentiation, two to three passes for each query; for steps that drown in a loss's rounding. `auto`: from
+    4 queries on `gradient`, where a calibration finds it faster and loss differences within 5 % of it; else `difference`."""
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the corpus that may end in rejects/ before the run stops. 0: the first bad row stops it, and the same
     command with a higher value goes on from there."""

@@ -1,0 +1,117 @@
+"""Which way scores are made: losses compared, or a backward pass for all queries at once. Measured, not guessed.
+
+Comparing losses takes a pass forwards for every query, a derivative one pass forwards and one backwards for all of them, and so
+much more for each query as its step has parameters. Both are timed on a batch of the corpus; and compared, since a derivative is
+what a loss changes by only where the step is short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from .batches import Batch
+
+if TYPE_CHECKING:
+    from .engine import LossEngine
+
+Way = Literal["difference", "gradient", "jvp"]
+MANY = 4
+"""Queries from which on a backward pass may pay: it costs about two passes forwards."""
+LOOKED_AT = 4
+"""Counterparts whose differences and derivatives are compared."""
+STRAIGHT = 0.05
+"""Distance of differences from derivatives, relative to these, up to which a step counts as short."""
+SHARE_OF_MEMORY = 0.5
+"""Of what is free, that steps may take for the backward pass: they lie there once more, one beside the other."""
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and what came of it.
+
+    Args:
+        way: How scores are made.
+        why: For people.
+        queries: Counterparts that were scored together.
+        rows: Rows of the batch.
+        difference_s: Seconds for the batch, all queries, by comparing losses.
+        gradient_s: By one backward pass; null if the model does not bear it, or memory.
+        distance: Of differences from derivatives, relative to these: of the query where it is largest; null likewise.
+    """
+
+    way: Way
+    why: str
+    queries: int
+    rows: int
+    difference_s: float
+    gradient_s: float | None = None
+    distance: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As calibration.json holds it."""
+        return asdict(self)
+
+
+def calibrate(engine: LossEngine, batch: Batch, queries: int) -> Calibration:
+    """Measure both ways on a batch, and choose.
+
+    Args:
+        engine: With all counterparts.
+        batch: Rows of the corpus.
+        queries: How many there are.
+    """
+    rows, looked = len(batch.item_B), _spread(queries)
+    engine.losses([batch], looked)  # the first time layouts are tried
+    _, base_s = _timed(lambda: engine.losses([batch], []))
+    differences, looked_s = _timed(lambda: engine.losses([batch], looked).difference_QN)
+    difference_s = base_s + max(0.0, looked_s - base_s) * queries / len(looked)
+
+    def compared(why: str, gradient_s: float | None = None, distance: float | None = None) -> Calibration:
+        return Calibration("difference", why, queries, rows, difference_s, gradient_s, distance)
+
+    free_bytes = engine.free_bytes
+    if engine.steps_bytes > SHARE_OF_MEMORY * free_bytes:
+        needed = f"{engine.steps_bytes / 2**30:.1f} GiB for steps of all queries"
+        return compared(f"a backward pass needs {needed}, {free_bytes / 2**30:.1f} are free")
+    try:
+        derivatives = engine.derivatives([batch], None, "gradient").difference_QN[looked]
+    except ValueError as error:
+        return compared(f"this model does not bear a backward pass for all queries: {error}")
+    _, gradient_s = _timed(lambda: engine.derivatives([batch], None, "gradient"))
+    distance = max(_relative(found_N, expected_N) for found_N, expected_N in zip(differences, derivatives, strict=True))
+    times = difference_s / gradient_s
+    if not distance <= STRAIGHT:
+        return compared(
+            f"steps are too long, or precision too coarse, for derivatives: loss differences are {distance:.1%} off from them "
+            f"(allowed: {STRAIGHT:.0%})",
+            gradient_s,
+            distance,
+        )
+    if times < 1:
+        return compared(
+            f"a backward pass for all {queries} queries takes {1 / times:.1f} times as long", gradient_s, distance
+        )
+    why = f"{times:.1f} times as fast as {queries} loss differences, which are {distance:.2%} off from it"
+    return Calibration("gradient", why, queries, rows, difference_s, gradient_s, distance)
+
+
+def _spread(queries: int) -> Sequence[int]:
+    """Some of them, the first and the last included."""
+    return sorted({round(each) for each in np.linspace(0, queries - 1, min(LOOKED_AT, queries))})
+
+
+def _timed(work: Callable[[], _Found]) -> tuple[_Found, float]:
+    started_s = time.perf_counter()
+    found = work()
+    return found, time.perf_counter() - started_s
+
+
+def _relative(found_N: np.ndarray, expected_N: np.ndarray) -> float:
+    length = float(np.linalg.norm(expected_N))
+    return float(np.linalg.norm(found_N - expected_N)) / length if length else float("inf")
