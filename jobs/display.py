@@ -110,7 +110,9 @@ def show_plan(run: Run, plan: Plan) -> None:
         "shards": f"{plan.shards:,} of up to {spec.score.shard_rows:,} rows",
         "queries": f"{plan.queries:,} of {plan.query_rows:,} rows together",
         "producer": f"{spec.producer.implementation}: {plan.queries:,} counterparts to tune{each}",
-        "forward passes": f"{plan.forward_passes:,} = {times}{plan.rows:,} examples x (1 base + {plan.queries} counterparts)",
+        "forward passes": f"{plan.forward_passes:,} = {times}{plan.rows:,} examples x (1 base + {plan.queries} counterparts)"
+        + (f" - {plan.kept:,} base losses that are kept" if plan.kept else ""),
+        **({"base losses": f"kept in {spec.score.base_losses}"} if spec.score.base_losses else {}),
         **({"members": _members_planned(plan)} if plan.members > 1 else {}),
         "objects": f"{plan.objects:,} written in all",
         "scores": f"about {plan.score_bytes / MIB:,.1f} MiB of Parquet",
@@ -134,11 +136,11 @@ def _members_planned(plan: Plan) -> str:
 def show_status(run: Run) -> None:
     """How far a run is. Raises ArtifactError for commits of another run."""
     queries, busy = len(run.committed_queries()), _Busy()
-    commits = scored = rejected = passed = quarantined = 0
+    commits = scored = rejected = passed = quarantined = kept = 0
     for receipt in sorted(run.receipts(), key=lambda one: one.started_at_s):
         commits, passed = commits + 1, passed + receipt.rows
         rejected, quarantined = rejected + receipt.rejects, quarantined + (receipt.quarantined is not None)
-        scored += receipt.rows if run.is_first(receipt) else 0
+        scored, kept = scored + (receipt.rows if run.is_first(receipt) else 0), kept + receipt.base_kept
         busy.add(receipt.started_at_s, receipt.finished_at_s)
     ranked = storage.exists(run.uri("topk", "meta.json"))
     sealed = run.is_sealed()
@@ -152,6 +154,8 @@ def show_status(run: Run) -> None:
     figures = f"{commits:,} of {run.number_of_works:,} shards, {scored:,} rows scored, {rejected:,} rejected"
     if quarantined:
         figures += f", {quarantined:,} shards quarantined"
+    if kept:
+        figures += f", {kept:,} rows with base losses that were kept"
     if commits:
         figures += f", {passed / max(busy.seconds, 1e-9):,.0f} examples/s while shards were worked on"
     table.add_row("score", _state(commits, run.number_of_works), figures)

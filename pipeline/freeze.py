@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from . import storage
 from .artifacts import Run
+from .base_losses import rows_kept
 from .corpus import Corpus, open_format, payload_names, require_free_names
 from .digests import MODEL_URIS, addition_digests, input_digests, queries_digest, with_absolute_uris
 from .errors import ArtifactError, InputError, SpecError
@@ -63,7 +64,7 @@ def freeze(spec: Spec) -> Run:
 def survey(spec: Spec) -> tuple[Run, Plan]:
     """What `freeze` would make and the stages would do; writes nothing. Raises as `freeze` does."""
     run, _ = _open_or_survey(spec)
-    return run, make_plan(run.spec, run.shards, run.query_ids, len(run.queries))
+    return run, make_plan(run.spec, run.shards, run.query_ids, len(run.queries), rows_kept(run))
 
 
 def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
@@ -138,10 +139,13 @@ def _query_ids(queries: pa.Table) -> tuple[str, ...]:
 
 def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
     """The spec with nothing left to find out: absolute URIs, formats, classes, shard size."""
+    kept = spec.score.base_losses
     update: dict[str, Section] = {
         "run": spec.run.model_copy(update={"uri": storage.absolute(spec.run.uri)}),
         "corpus": corpus.resolved,
-        "score": spec.score.model_copy(update={"shard_rows": rows_each}),
+        "score": spec.score.model_copy(
+            update={"shard_rows": rows_each, "base_losses": kept and storage.absolute(kept)}
+        ),
     }
     if queries := spec.queries:
         _, queries_format = open_format(queries.uri, queries.format, corpus.resolved.classes)

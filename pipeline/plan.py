@@ -22,7 +22,7 @@ SCORE_ROW_BYTES = 30
 
 SCORES_DEPEND_ON = ("model", "task", "corpus", "queries", "producer", "score", "seed", "ensemble")
 """Sections that make two runs different runs. `ensemble` only where there is one: without, a run is what it was before."""
-_FREE = {"corpus": ("payload", "check_ids"), "score": ("max_reject_fraction",)}
+_FREE = {"corpus": ("payload", "check_ids"), "score": ("max_reject_fraction", "base_losses")}
 """Fields in them that may change between two starts of one run: they move no score."""
 
 
@@ -36,10 +36,11 @@ class Plan:
         shards: Pieces that the corpus is cut into.
         queries: Counterparts to make, of each member.
         query_rows: Rows of all queries together.
-        forward_passes: Examples through a model in stage score: one base pass and one per query.
+        forward_passes: Examples through a model in stage score: one base pass, unless its losses are kept, and one per query.
         objects: Objects written by all stages, without rejects and selections; one less where examples are no pictures.
         score_bytes: Rough size of scores/ on the store.
         members: Models of an ensemble; 1 without one.
+        kept: Examples whose base losses are kept already (score.base_losses), of all members together.
     """
 
     rows: int
@@ -51,6 +52,7 @@ class Plan:
     objects: int
     score_bytes: int
     members: int = 1
+    kept: int = 0
 
 
 def shard_rows(spec: Spec, rows: int, columns: Sequence[Column]) -> int:
@@ -89,8 +91,8 @@ def _shard(shard_id: int, measured: Measured, start: int, rows: int) -> Shard:
     )
 
 
-def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], query_rows: int) -> Plan:
-    """Figures of the run that `spec` and `shards` make."""
+def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], query_rows: int, kept: int = 0) -> Plan:
+    """Figures of the run that `spec` and `shards` make; `kept` as in Plan."""
     rows, queries = sum(shard.rows for shard in shards), len(query_ids)
     per_shard = queries + 2 + (spec.corpus.source is not None)  # scores, partial top-k, commit, partial sums
     frozen, ranked, reported, seal = 3, 3, 2, 1
@@ -103,10 +105,11 @@ def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], que
         shards=len(shards),
         queries=queries,
         query_rows=query_rows,
-        forward_passes=members * rows * (1 + queries),
+        forward_passes=members * rows * (1 + queries) - kept,
         objects=folders * each + members * 2 * queries,
         score_bytes=folders * rows * queries * SCORE_ROW_BYTES,
         members=members,
+        kept=kept,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
@@ -13,11 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from .artifacts import Run
+from .base_losses import BaseLosses, ShardLosses
+from .batches import Batch
 from .calibration import Calibration, calibrate
 from .corpus import Corpus, Examples
 from .errors import ArtifactError, InputError
 from .extensions import load_model, load_task, prepared
 from .importing import user_code
+from .observe import say
 from .shards import ShardWriter, score_table
 from .works import Receipt, Work
 
@@ -68,6 +72,9 @@ class ShardScorer:
                 f"a counterpart in {run.uri('counterparts')} does not fit the model: {error}"
             ) from error
         self._computing = threading.Lock()
+        keeps = run.spec.score.base_losses is not None and self._way == "difference"  # other ways make them in passing
+        self._base_losses = BaseLosses(run) if keeps else None
+        self._reproduces: bool | None = None
 
     def score(self, work: Work) -> Receipt:
         """Read, score, write and commit one shard; one that cannot be read is quarantined. The commit that then stands.
@@ -82,10 +89,16 @@ class ShardScorer:
         except InputError as error:
             return self.quarantine(work, error.message)
         examples, inputs = self._prepared(work, examples)
+        place = self._place(work, inputs)
+        kept_S = place.read() if place is not None else None
         with self._computing:
             computing_s = time.monotonic()
-            losses = self._losses(work, inputs)
+            base_S = self._trusted(work, inputs, kept_S)
+            losses = self._losses(work, inputs, base_S)
             compute_s = time.monotonic() - computing_s
+        if place is not None and base_S is None:
+            place.write(losses.base_N)
+        losses = losses.mapped(inputs.of_examples)
         standing = self._run.standing(work.addition, work.shard.shard_id)
         if standing is not None:  # somebody was faster: a slow attempt that was taken for dead leaves all as it is
             return standing
@@ -93,6 +106,7 @@ class ShardScorer:
         scores = (self._scores(work, examples, losses, q) for q in range(len(work.query_ids)))
         files = self._writer.write(work, scores, examples.rejects)
         counts = {"rows": len(examples.row_N), "rejects": len(examples.rejects), "overlong": inputs.overlong}
+        counts["base_kept"] = 0 if base_S is None else counts["rows"]
         return self._writer.commit(work, started_at_s, compute_s, counts, files)
 
     def quarantine(self, work: Work, reason: str) -> Receipt:
@@ -107,16 +121,17 @@ class ShardScorer:
         examples = examples.without({i: (columns, got, "tokens that can be scored") for i, got in inputs.bad.items()})
         return replace(examples, arrays={}, num_tokens_N=inputs.num_tokens_N), inputs
 
-    def _losses(self, work: Work, inputs: Inputs) -> Losses:
+    def _batches(self, inputs: Inputs) -> Iterator[Batch]:
         section = self._run.spec.score
+        return inputs.batches(section.batch_rows, section.batch_tokens)
+
+    def _losses(self, work: Work, inputs: Inputs, base_S: np.ndarray | None) -> Losses:
+        """Losses of items."""
         positions = [self._query_ids.index(query_id) for query_id in work.query_ids]
         with self._about(work):
-            batches = inputs.batches(section.batch_rows, section.batch_tokens)
             if self._way == "difference":
-                losses = self._engine.losses(batches, positions)
-            else:
-                losses = self._engine.derivatives(batches, positions, self._way)
-        return losses.mapped(inputs.of_examples)
+                return self._engine.losses(self._batches(inputs), positions, base_S)
+            return self._engine.derivatives(self._batches(inputs), positions, self._way)
 
     def calibrate(self) -> Calibration | None:
         """Which way of scoring suits model and counterparts, by the first batch of the corpus; null if it has none to read.
@@ -124,17 +139,43 @@ class ShardScorer:
         Raises:
             ContractError: The model or task failed.
         """
-        section = self._run.spec.score
         for work in islice(self._run.works(), TRIED_SHARDS):
             try:
                 examples = self._corpus.read(work.shard, self._run.columns)
             except InputError:
                 continue
             _, inputs = self._prepared(work, examples)
-            for batch in inputs.batches(section.batch_rows, section.batch_tokens):
+            for batch in self._batches(inputs):
                 with self._about(work):
                     return calibrate(self._engine, batch, len(self._query_ids))
         return None
+
+    def _place(self, work: Work, inputs: Inputs) -> ShardLosses | None:
+        """Where base losses of a shard's items are kept; null if they are not, or there are no items."""
+        if self._base_losses is None or not inputs.items:
+            return None
+        with self._about(work):
+            return self._base_losses.of(work.shard, self._batches(inputs))
+
+    def _trusted(self, work: Work, inputs: Inputs, kept_S: np.ndarray | None) -> np.ndarray | None:
+        """Base losses that are kept, if this worker would compute the same to the bit: seen once, on one batch.
+
+        Code, accelerator and libraries have no digest; and a difference of losses from two of them is no score.
+        """
+        if kept_S is None:
+            return None
+        if self._reproduces is None:
+            first = next(self._batches(inputs))
+            own = Batch(np.arange(len(first.item_B)), first.arrays)
+            with self._about(work):
+                own_B = self._engine.losses([own], ()).base_N
+            self._reproduces = own_B.tobytes() == kept_S[first.item_B].tobytes()
+            if not self._reproduces:
+                said = (
+                    "were computed with other code, libraries or hardware than this worker's: it computes its own anew"
+                )
+                say(f"warning: base losses in {self._run.spec.score.base_losses} {said}")
+        return kept_S if self._reproduces else None
 
     def _about(self, work: Work) -> AbstractContextManager[None]:
         """Around what a task does with a shard."""

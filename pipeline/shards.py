@@ -85,7 +85,7 @@ class ShardWriter:
             work: The shard.
             started_at_s: Unix time when reading began.
             compute_s: Seconds of computing.
-            counts: The receipt's rows, rejects, overlong.
+            counts: The receipt's rows, rejects, overlong, base_kept.
             files: What was written.
             quarantined: Why the whole shard is quarantined; else null.
         """

@@ -43,6 +43,7 @@ class Receipt:
         counterparts: Digest of the counterparts that it was scored under; empty for a quarantined shard.
         overlong: Examples that were longer than a sequence may be: cut, or split.
         quarantined: Why the whole shard was quarantined, so that all its rows are in rejects/; else null.
+        base_kept: Rows scored with base losses that were kept (score.base_losses), not computed.
     """
 
     addition: int
@@ -59,6 +60,7 @@ class Receipt:
     counterparts: str = ""
     overlong: int = 0
     quarantined: str | None = None
+    base_kept: int = 0
 
     @property
     def name(self) -> str:

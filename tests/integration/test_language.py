@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -132,6 +133,18 @@ def test_other_shards_and_batches_give_the_same_scores(make):
     other = run_without_ray(make("score.shard_rows=30", "score.batch_tokens=1000", name="other"))
     for name in ("base_loss_per_token", "counterpart_loss_per_token", "score"):
         assert scores(one)[name].to_pylist() == pytest.approx(scores(other)[name].to_pylist(), abs=1e-5)
+
+
+def test_base_losses_of_windows_are_found_again(make, folder, tmp_path):
+    """Losses are kept by window, before they are put together; a copy of the model elsewhere is the same model."""
+    longest = max(len(tokenizer()(TEXTS[row])["input_ids"]) for row in (7, 3))  # the queries, which are not split
+    fields = ("task.overlong=windows", f"task.max_tokens={longest}", f"score.base_losses={tmp_path / 'base'}")
+    first = run_without_ray(make(*fields))
+    assert 0 < sum(receipt.overlong for receipt in first.receipts())
+    copied = f"model.weights_uri={shutil.copytree(folder / 'model', tmp_path / 'copied')}"
+    ours = run_without_ray(make(*fields, copied, name="again"))
+    assert len(TEXTS) == sum(receipt.base_kept for receipt in ours.receipts())
+    assert scores(first).equals(scores(ours))
 
 
 def test_the_next_shard_becomes_tokens_while_one_is_scored(make, monkeypatch):

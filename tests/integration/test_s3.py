@@ -59,12 +59,17 @@ def require_equal(run, other):
 
 
 def test_a_run_on_s3_writes_the_bytes_of_a_local_one(tree, make_spec):
-    """Corpus, queries, weights and run on S3: counterparts, scores and ranked tables are those of a local disk."""
-    run = run_without_ray(parse_spec(tree))
+    """All of it on S3, base losses too, written and read: counterparts, scores and ranked tables are those of a local disk."""
+    kept = f"score.base_losses={tree['run']['uri']}-base"
+    run = run_without_ray(parse_spec(tree, [kept]))
     finish(run)
     local = run_without_ray(make_spec())
     finish(local)
     require_equal(run, local)
+    again = run_without_ray(parse_spec(tree, [kept, f"run.uri={tree['run']['uri']}-again"]))
+    finish(again)
+    require_equal(again, local)
+    assert CORPUS_ROWS == sum(receipt.base_kept for receipt in again.receipts())
     assert CORPUS_ROWS == yaml.safe_load(storage.read_bytes(run.uri("_SUCCESS")))["rows"]
 
 

@@ -63,6 +63,7 @@ def test_the_fingerprint_follows_what_moves_scores_and_nothing_else():
         "resources.tune.workers=3",
         "score.max_reject_fraction=0.5",
         "corpus.check_ids=false",
+        "score.base_losses=kept",
         "run.uri=y",
     ):
         assert base == fingerprint(parse(same), {"weights": "a"}), same
