@@ -258,12 +258,15 @@ class LossEngine:
     ) -> tuple[Tensor, Tensor]:
         """Losses [B] and derivatives [B, Q]."""
         loss, rows = partial(self._loss_B, self._model, tensors), len(next(iter(tensors.values())))
-        if way == "jvp":
-            loss_B, columns = loss().detach(), []
-            for position in chosen:
-                loss_B, derivative_B = forward_along(self._model, self._step(position), loss)
-                columns.append(derivative_B)
-            return loss_B, torch.stack(columns, dim=1) if columns else loss_B.new_empty(len(loss_B), 0)
+        try:
+            return self._backwards(loss, rows, chosen) if way == "gradient" else self._forwards(loss, chosen)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            kind = type(self._model).__name__
+            raise ValueError(
+                f"{kind} does not bear way {way}: {error}; way difference asks nothing of a model"
+            ) from error
+
+    def _backwards(self, loss: Callable[[], Tensor], rows: int, chosen: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if chosen not in self._backward:
             with torch.no_grad():
                 loss()  # tasks may look at their model when it first comes
@@ -271,6 +274,12 @@ class LossEngine:
             backward.require_right(loss, rows)
             self._backward = {chosen: backward}
         return self._backward[chosen].along(loss, rows)
+
+    def _forwards(self, loss: Callable[[], Tensor], chosen: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            loss_B = loss()
+        columns = [forward_along(self._model, self._step(position), loss)[1] for position in chosen]
+        return loss_B, torch.stack(columns, dim=1) if columns else loss_B.new_empty(len(loss_B), 0)
 
     def _step(self, position: int) -> dict[str, Change]:
         """What a counterpart adds to the base."""
