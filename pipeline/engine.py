@@ -253,6 +253,22 @@ class LossEngine:
         derivative_QN = np.ascontiguousarray(derivative_NQ.T)
         return Losses(base_N, (base_N + derivative_QN).astype(base_N.dtype), derivative_QN)
 
+    def bend(self, batch: Batch, position: int) -> float:
+        """By how much loss differences are off from derivatives for want of a straight line, relative to these.
+
+        To second order: half of what the derivatives change by on the way to the counterpart. Losses' rounding has no part in it.
+
+        Raises:
+            ValueError: As `derivatives`, way `gradient`.
+        """
+        with torch.inference_mode(False):
+            tensors = self._tensors(batch)
+            here_B = self._derivatives(tensors, (position,), "gradient")[1]
+            with self.counterpart(position):
+                there_B = self._derivatives(tensors, (position,), "gradient")[1]
+        length = float(here_B.norm())
+        return float((there_B - here_B).norm()) / length / 2 if length else float("inf")
+
     def _derivatives(
         self, tensors: Mapping[str, Tensor], chosen: tuple[int, ...], way: Derivative
     ) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,25 @@ def test_of_small_steps_all_ways_agree(make, ways):
         assert np.linalg.norm(found - difference) < 1e-4 * np.linalg.norm(difference)
 
 
+def test_how_far_losses_bend_is_known_to_second_order():
+    """What exact differences are off by, in float64; in bfloat16, whose differences say little, the same."""
+    model = cnn(8).double().eval()
+    steps = [whole(model, 0.001), whole(model, 0.01)]
+    engine, batch = LossEngine(model, TASK, steps), next(images().batches(48))
+    bends = [engine.bend(batch, position) for position in (0, 1)]
+    differences, derivatives = engine.losses([batch]).difference_QN, engine.derivatives([batch], None, "gradient")
+    for bend, found_N, expected_N in zip(bends, differences, derivatives.difference_QN, strict=True):
+        assert bend == pytest.approx(np.linalg.norm(found_N - expected_N) / np.linalg.norm(expected_N), rel=0.2)
+    coarse = LossEngine(cnn_of(model).bfloat16(), TASK, steps)
+    assert coarse.bend(batch, 1) == pytest.approx(bends[1], rel=0.2)
+
+
+def cnn_of(model):
+    other = cnn(8).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 def test_some_counterparts_in_another_order():
     """Positions choose them."""
     model = cnn(8).eval()
