@@ -24,7 +24,7 @@ MANY = 4
 """Queries from which on a backward pass may pay: it costs about two passes forwards."""
 LOOKED_AT = 4
 """Counterparts whose steps are looked at."""
-STRAIGHT = 0.05
+STRAIGHT = 0.1
 """Distance of exact loss differences from derivatives, relative to these, up to which a step counts as short."""
 SHARE_OF_MEMORY = 0.5
 """Of what is free, that steps may take for the backward pass: they lie there once more, one beside the other."""
