@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,8 @@ from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tuner import Tuner
 from tests.bench.faithful_digits import Digits
-from tests.bench.faithful_world import PEERS_PYTHON, Asked, Sections, tree_of
+from tests.bench.faithful_world import Asked, Sections, tree_of
+from tests.bench.speed_peers import Peers, Spent
 from tests.bench.table import Row, at_least, figure, machine, publish
 
 ROWS, ROUNDS, TRIES = 20_000, 5, 2
@@ -55,55 +53,7 @@ SCORE = {"shard_rows": ROWS, "batch_rows": 1024}
 BAR = 2.0
 
 
-@dataclass(frozen=True)
-class Spent:
-    """Seconds of one turn.
-
-    Args:
-        once_s: For any queries, by the clock.
-        score_s: For these queries, by the clock.
-        cpu_s: Both, of all threads.
-    """
-
-    once_s: float
-    score_s: float
-    cpu_s: float
-
-    @property
-    def whole_s(self) -> float:
-        """Both, by the clock."""
-        return self.once_s + self.score_s
-
-
 Turn = Callable[[], Spent]
-
-
-class Peers:
-    """The other libraries in a process of their own, which waits while it is not its turn.
-
-    Args:
-        folder: As `Digits.for_peers` writes it.
-        threads: Of torch.
-    """
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        command = [PEERS_PYTHON, "-m", "tests.bench.peers.run", folder, "--serve", "--threads", str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __call__(self, name: str, queries: int, batch_rows: int) -> Spent:
-        """One turn."""
-        asked = {"name": name, "rows": ROWS, "queries": queries, "batch_rows": batch_rows}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        answer = next(line for line in self._process.stdout if line.startswith("answer: "))
-        found = json.loads(answer.removeprefix("answer: "))
-        return Spent(found["fit_s"], found["score_s"], found["cpu_s"])
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
 
 
 class Ours:
@@ -222,7 +172,7 @@ def measured(kind: str, queries: int, threads: int) -> list[Row]:
         "bare loop": [ours.bare(rows) for rows in BATCHES],
         "stage": [ours.stage()],
         **{
-            name: [lambda name=name, rows=rows: theirs(name, queries, rows) for rows in BATCHES]  # type: ignore[misc]
+            name: [lambda name=name, rows=rows: theirs(name, queries, rows, ROWS) for rows in BATCHES]  # type: ignore[misc]
             for name in dict.fromkeys((*WHOLE, LAST, *FITTED))
         },
     }

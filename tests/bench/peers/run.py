@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from tests.bench.peers.check import COVERED, agreement
 from tests.bench.peers.world import Kind, Scored, UnsupportedError, World
 
 Peer = Callable[[World], Scored]
@@ -49,12 +50,18 @@ PLAIN = ("kronfluence-identity", "dattri-graddot", "dattri-hooks", "captum-traci
 
 def peers() -> dict[str, Peer]:
     """Every peer by name: library-method."""
-    from tests.bench.peers import with_captum, with_dattri, with_kronfluence
+    from tests.bench.peers import with_bergson, with_captum, with_dattri, with_dattri_llm, with_kronfluence
 
     return {
+        "bergson-graddot": with_bergson.graddot,
+        "bergson-projected": with_bergson.projected,
         "kronfluence-identity": with_kronfluence.identity,
+        "kronfluence-trunk": with_kronfluence.trunk,
+        "kronfluence-lowrank": with_kronfluence.low_rank,
         "kronfluence-ekfac": with_kronfluence.ekfac,
         "kronfluence-ekfac-heuristic": with_kronfluence.ekfac_heuristic,
+        "dattri_llm-graddot": with_dattri_llm.graddot,
+        "dattri_llm-trunk": with_dattri_llm.trunk,
         "dattri-graddot": with_dattri.graddot,
         "dattri-hooks": with_dattri.hooks,
         "dattri-tracin": with_dattri.tracin,
@@ -94,19 +101,32 @@ def measure(folder: Path, world: World, chosen: dict[str, Peer]) -> None:
 
 
 def serve(world: World, table: dict[str, Peer]) -> None:
-    """Run a peer once for each line on standard input; seconds of what is done once, and for these queries, and of the CPU."""
+    """Run a peer once for each line on standard input; seconds of what is done once, and for these queries, and of the CPU.
+
+    Before a peer's first turn its scores are checked, and it runs over two batches and one query.
+    """
+    checks: dict[str, dict[str, float]] = {}
     warm: set[tuple[str, int]] = set()
     for line in sys.stdin:
         asked = json.loads(line)
         name = asked["name"]
-        sized = replace(world.repeated(asked["rows"], asked["queries"]), batch_rows=asked["batch_rows"])
+        sized = replace(
+            world.repeated(asked["rows"], asked["queries"]),
+            batch_rows=asked["batch_rows"],
+            query_rows=asked.get("query_rows"),
+        )
+        if name in COVERED and name not in checks:
+            checks[name] = agreement(world, name, table[name])
+            print("check:", name, checks[name], flush=True)
         if (name, asked["batch_rows"]) not in warm:
-            _warm_up(table[name], sized)
+            _warm_up(table[name], sized.first(min(asked["rows"], 2 * asked["batch_rows"])))
             warm.add((name, asked["batch_rows"]))
         started_s = time.process_time()
         scored = table[name](sized)
         cpu_s = time.process_time() - started_s
-        print(ANSWER + json.dumps({"fit_s": scored.fit_s, "score_s": scored.score_s, "cpu_s": cpu_s}), flush=True)
+        seconds = {"fit_s": scored.fit_s, "score_s": scored.score_s, "cpu_s": cpu_s}
+        seconds |= {"query_s": scored.query_s, "query_cpu_s": scored.query_cpu_s}
+        print(ANSWER + json.dumps({**seconds, "check": checks.get(name)}), flush=True)
 
 
 def _fastest(name: str, peer: Peer, world: World) -> dict[str, Any]:
@@ -172,8 +192,8 @@ def _note(path: Path, name: str, facts: dict[str, Any]) -> None:
 def main() -> None:
     """Command line."""
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-    # kronfluence asks for torchvision and does not use it; its usual build breaks beside a CPU torch when transformers loads it.
-    sys.modules["torchvision"] = None  # type: ignore[assignment]
+    # Asked for by kronfluence and bergson and not used; their usual builds break beside a CPU torch when transformers loads them.
+    sys.modules["torchvision"] = sys.modules["torchaudio"] = None  # type: ignore[assignment]
     table = peers()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="inputs and results")

@@ -1,15 +1,20 @@
 """What every peer is given: the model, the examples and their loss, as plain tensors; and what it gives back.
 
+setup.json names the model by `factory`, package.module:function, whose weights are in model.safetensors, or by `folder`, in
+Hugging Face format, with a `dtype`.
+
 Shapes: N training examples, Q queries, B examples of a batch, T tokens, V classes or words.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -44,12 +49,42 @@ class Scored:
         fit_s: Seconds of what is done once for any queries.
         score_s: Seconds of what is done for these queries, the examples' own gradients included if they are not kept.
         settings: How the peer was run, in short words.
+        query_s: Those of score_s that went into the queries' gradients; 0 where the peer does not tell them apart.
+        query_cpu_s: The same, of the CPU, of all threads.
     """
 
     score_QN: np.ndarray
     fit_s: float
     score_s: float
     settings: str
+    query_s: float = 0.0
+    query_cpu_s: float = 0.0
+
+
+class QueryClock:
+    """Seconds from the loss of a query to the next loss of an example, summed: what a peer does before it scores.
+
+    Attributes:
+        spent_s: By the clock, and of the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.spent_s = (0.0, 0.0)
+        self._since_s: tuple[float, float] | None = None
+
+    def query(self) -> None:
+        """A query's loss is asked for."""
+        self._since_s = self._since_s or (time.perf_counter(), time.process_time())
+
+    def example(self) -> None:
+        """An example's loss is asked for."""
+        if self._since_s is not None:
+            clock_s, cpu_s = self._since_s
+            self.spent_s = (
+                self.spent_s[0] + time.perf_counter() - clock_s,
+                self.spent_s[1] + time.process_time() - cpu_s,
+            )
+            self._since_s = None
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):
@@ -102,7 +137,19 @@ class Logits(nn.Module):
 
 @dataclass(frozen=True)
 class World:
-    """A folder of inputs: setup.json, model.safetensors, train.npz and queries.npz; and batches that peers shall take, if any."""
+    """A folder of inputs: setup.json, the model, train.npz and queries.npz.
+
+    Args:
+        factory: Makes the model, in its dtype.
+        weights: What is loaded into it; empty where the factory has loaded them.
+        kind: What inputs and targets are.
+        reduction: Loss of a text.
+        train: Examples.
+        queries: Queries.
+        batch_rows: Examples of a batch that peers shall take; null for what suits each.
+        temperature: What logits are divided by.
+        query_rows: Queries that peers shall hold at a time, with a pass over the examples for each time; null for all.
+    """
 
     factory: Callable[[], nn.Module]
     weights: dict[str, Tensor]
@@ -112,15 +159,14 @@ class World:
     queries: Rows
     batch_rows: int | None = None
     temperature: float = 1.0
+    query_rows: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> World:
-        """The world of a folder; `factory` in setup.json is package.module:function."""
+        """The world of a folder."""
         setup = json.loads((folder / "setup.json").read_text())
-        module, _, function = setup["factory"].partition(":")
         return cls(
-            getattr(importlib.import_module(module), function),
-            safetensors.torch.load_file(folder / "model.safetensors"),
+            *(_pretrained(setup["folder"], setup["dtype"]) if "folder" in setup else _made(setup["factory"], folder)),
             setup["kind"],
             setup.get("reduction", REDUCTION),
             _rows(folder / "train.npz", setup["kind"]),
@@ -131,7 +177,8 @@ class World:
     def model(self) -> Logits:
         """A fresh copy in eval mode, because peers wrap, hook and freeze what they are given."""
         model = self.factory()
-        model.load_state_dict(self.weights)
+        if self.weights:
+            model.load_state_dict(self.weights)
         config: Any = getattr(model, "config", None)
         if config is not None:
             config.use_cache = False
@@ -142,7 +189,9 @@ class World:
         if self.kind == "classification":
             return F.cross_entropy(logits, targets, reduction="none")
         next_BT = targets[:, 1:]
-        loss_BT = F.cross_entropy(logits[:, :-1].transpose(1, 2), next_BT, reduction="none", ignore_index=UNCOUNTED)
+        logits_MV = logits[:, :-1].flatten(0, 1).float()
+        loss_M = F.cross_entropy(logits_MV, next_BT.flatten(), reduction="none", ignore_index=UNCOUNTED)
+        loss_BT = loss_M.view(next_BT.shape)
         if self.reduction == "sum":
             return loss_BT.sum(dim=1)
         return loss_BT.sum(dim=1) / (next_BT != UNCOUNTED).sum(dim=1).clamp(min=1)
@@ -165,6 +214,18 @@ def timed(work: Callable[[], Result]) -> tuple[Result, float]:
     started_s = time.perf_counter()
     result = work()
     return result, time.perf_counter() - started_s
+
+
+def _made(factory: str, folder: Path) -> tuple[Callable[[], nn.Module], dict[str, Tensor]]:
+    module, _, function = factory.partition(":")
+    return getattr(importlib.import_module(module), function), safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def _pretrained(folder: str, dtype: str) -> tuple[Callable[[], nn.Module], dict[str, Tensor]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    return partial(copy.deepcopy, model), {}
 
 
 def _rows(path: Path, kind: Kind) -> Rows:
