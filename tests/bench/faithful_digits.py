@@ -59,7 +59,8 @@ class Digits:
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             model = fit(self.kind, epochs=epochs, weight_decay=1e-3, labels=labels, seed=seed).model
-            safetensors.torch.save_file(model.state_dict(), path)
+            weights = {name: each.contiguous() for name, each in model.state_dict().items()}
+            safetensors.torch.save_file(weights, path)
 
     def others(self) -> list[str]:
         """Weights of further trainings, from other seeds."""
