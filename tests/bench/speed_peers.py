@@ -1,13 +1,13 @@
-"""Language models and texts that gradient peers and ours both read, and the peers in a process that waits for its turn.
+"""Models and rows that gradient peers and ours both read, and the peers in a process that waits for its turn.
 
     folder = neox()
     with Peers(folder / "peers", threads=1) as theirs:
         spent = theirs("bergson-graddot", queries=64, batch_rows=32, rows=512)
         print(512 / spent.rows_s, theirs.checks)
 
-A folder holds corpus.parquet (id, tokens) and queries.parquet (query_id, tokens) for a run with `task: {name: causal_lm, tokens:
-tokens}`, the model in Hugging Face format in what `model_of` says, and in peers/ the same rows for the others. `Digits.for_peers`
-writes such a folder for digits.
+The folder of a language model holds corpus.parquet (id, tokens) and queries.parquet (query_id, tokens) for a run with the task
+causal_lm and `tokens: tokens`, and in peers/ the same rows for the others; `model_of` says where the model is, in Hugging Face
+format. Digits are those of `make bench-faithful`.
 
 `python -m tests.bench.speed_peers` prints examples/s of every peer beside those of bare forward passes, by turns.
 """
@@ -28,9 +28,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 
-from tests.bench.faithful_world import PEERS_PYTHON
+from tests.bench.faithful_digits import Digits
+from tests.bench.faithful_world import PEERS_PYTHON, Asked
+from tests.bench.peers.world import World
 from tests.bench.table import machine
 
 FOLDER, SMOLLM2 = Path("build/speed"), Path("build/smollm2")
@@ -42,6 +43,9 @@ NEOX_ROWS, NEOX_TOKENS = 2048, 32
 SMOLLM2_ROWS, SMOLLM2_TOKENS = 64, 256
 QUERIES = 64
 WORDS = "the a of to in and is was born lived wrote house river city year model example loss shard query"
+DIGIT_PEERS = (
+    "kronfluence-identity", "dattri_llm-graddot", "dattri_llm-trunk", "dattri-graddot", "dattri-hooks", "captum-tracincp",
+)  # fmt: skip
 TEXT_PEERS = (
     "bergson-graddot", "bergson-projected", "kronfluence-identity", "kronfluence-trunk", "kronfluence-lowrank",
     "dattri_llm-graddot", "dattri_llm-trunk",
@@ -74,8 +78,8 @@ class Spent:
 
     @property
     def rows_s(self) -> float:
-        """Of the examples alone: what grows with the corpus."""
-        return self.score_s - self.query_s
+        """Without the queries' own gradients, by the clock: what grows with the corpus, where nothing else is done once."""
+        return self.whole_s - self.query_s
 
     @property
     def rows_cpu_s(self) -> float:
@@ -131,6 +135,14 @@ class Peers:
         self._process.communicate()
 
 
+def digits() -> Path:
+    """The digits CNN and 1,000 digits; 100 of them are queries."""
+    world, folder = Digits("cnn"), FOLDER / "digits"
+    (folder / "peers").mkdir(parents=True, exist_ok=True)
+    world.for_peers(folder / "peers", Asked("copies"))
+    return folder
+
+
 def neox() -> Path:
     """GPT-NeoX of 6 layers, width 128, random weights, float32; 2,048 texts and 64 queries of 32 random tokens."""
     folder, chance = FOLDER / "neox", np.random.default_rng(0)
@@ -179,26 +191,46 @@ class Bare:
     """Forward passes and losses over tensors in memory, without gradients.
 
     Args:
-        folder: As `neox` and `smollm2` write it.
+        folder: As peers read it.
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
-        place, dtype = model_of(folder)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype)).eval()
-        self._ids = torch.from_numpy(np.load(folder / "peers" / "train.npz")["input_ids"])
+        self._world = World.read(folder)
+        self._model = self._world.model()
 
     def __call__(self, passes: int, batch_rows: int, rows: int) -> Spent:
         """One turn."""
-        ids_NT = self._ids[torch.arange(rows) % len(self._ids)]
+        batches = list(self._world.repeated(rows).train.loader(batch_rows))
         cpu_s, started_s = time.process_time(), time.perf_counter()
         with torch.inference_mode():
-            for ids_BT in ids_NT.split(batch_rows):
+            for inputs, targets in batches:
                 for _ in range(passes):
-                    logits_BTV = self._model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-                    F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none")
+                    self._world.loss_B(self._model(inputs), targets)
         return Spent(0.0, time.perf_counter() - started_s, time.process_time() - cpu_s)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured unless the command line says otherwise.
+
+    Args:
+        folder: Makes the files.
+        names: Peers.
+        rows: Examples of a turn.
+        batch_rows: Tried; the fastest counts.
+    """
+
+    folder: Callable[[], Path]
+    names: tuple[str, ...]
+    rows: int
+    batch_rows: tuple[int, ...]
+
+
+SETTINGS = {
+    "digits": Setting(digits, DIGIT_PEERS, 16384, (64, 256, 1024)),
+    "neox": Setting(neox, TEXT_PEERS, 512, (8, 32, 128)),
+    "smollm2": Setting(smollm2, TEXT_PEERS[1:], 16, (4, 16)),
+}
 
 
 def fastest(turns: Mapping[int, Callable[[], Spent]]) -> int:
@@ -209,18 +241,21 @@ def fastest(turns: Mapping[int, Callable[[], Spent]]) -> int:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", choices=("neox", "smollm2"))
-    parser.add_argument("--only", nargs="+", default=TEXT_PEERS, metavar="NAME", help=", ".join(TEXT_PEERS))
+    parser.add_argument("world", choices=SETTINGS)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join((*DIGIT_PEERS, *TEXT_PEERS)))
     parser.add_argument("--queries", type=int, nargs="+", default=(1, 64))
-    parser.add_argument("--rows", type=int, default=512, help="examples of a turn")
-    parser.add_argument("--batch-rows", type=int, nargs="+", default=(8, 32, 128), help="tried; the fastest counts")
+    parser.add_argument("--rows", type=int, help="examples of a turn")
+    parser.add_argument("--batch-rows", type=int, nargs="+", help="tried; the fastest counts")
     parser.add_argument("--query-rows", type=int, help="queries held at a time (all)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of torch, for all")
     given = parser.parse_args()
+    setting = SETTINGS[given.world]
+    given.only, given.rows = given.only or setting.names, given.rows or setting.rows
+    given.batch_rows = given.batch_rows or setting.batch_rows
     torch.set_num_threads(given.threads)
-    folder = {"neox": neox, "smollm2": smollm2}[given.world]()
-    with Peers(folder / "peers", given.threads) as theirs:
+    folder = setting.folder() / "peers"
+    with Peers(folder, given.threads) as theirs:
         for queries in given.queries:
             _print(_by_turns(Bare(folder), theirs, queries, given), queries, given, theirs.checks)
 
