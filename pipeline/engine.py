@@ -2,12 +2,8 @@
 
 Shapes: N examples, B rows of a batch, Q counterparts.
 
-A counterpart is the tensors in which it differs from the base. The one module is pointed at them and back again (a
-pointer per tensor, no copy), so memory is the base plus the differences and any `nn.Module` works as it is. Of a tensor that
-differs by a low-rank product only the factors are held; it is made of them when its counterpart's turn comes.
-
-What counterparts have in common with the base, up to the first module that they change, is computed once for a batch; see
-`trunk.py`.
+What counterparts have in common with the base, up to the first module that they change, is computed once for a batch
+(`trunk.py`); of counterparts that are a short step away derivatives serve as well (`derivatives.py`).
 
 On a CPU convolutions and pooling over images are 1.6 to 3.5 times as fast where channels stand last in memory; that takes no
 more than kernels that are laid out so. A model that does not bear it, by what the first batch says, has them back as they were.
@@ -15,8 +11,8 @@ more than kernels that are laid out so. A model that does not bear it, by what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -27,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch
-from .changes import Change, LowRank
+from .changes import Change
+from .counterparts import Counterparts
 from .derivatives import Derivative, Derivatives, forward_along
-from .layer_rules import slots_of
-from .numerics import to_loss_dtype
 from .observe import say
 from .trunk import Trunk
 
@@ -88,23 +83,13 @@ class LossEngine:
     """
 
     def __init__(self, model: nn.Module, task: LossFunction, counterparts: Sequence[Mapping[str, Change]]) -> None:
-        self._model, self._task = model, task
-        self._slots = slots_of(model)
-        self._counterparts = [self._aligned(changes) for changes in counterparts]
-        floats = [slot for slot in self._slots.values() if slot.is_floating_point()]
-        self._dtype = floats[0].dtype if floats else torch.float32
-        self._device = next(iter(self._slots.values())).device if self._slots else torch.device("cpu")
-        self._made = self._room_for_products()
-        self._names = {id(slot): name for name, slot in self._slots.items()}
+        self._counterparts, self._task = Counterparts(model, counterparts), task
+        self._model, self._device, self._dtype = model, self._counterparts.device, self._counterparts.dtype
         self._backward: dict[tuple[int, ...], Derivatives] = {}
-        changed = {id(slot): slot for swaps in self._counterparts for slot, *_ in swaps}
-        self._trunk: Trunk | None = Trunk(model, list(changed.values()))
+        self._trunk: Trunk | None = Trunk(model, self._counterparts.changed)
         self._is_trunk_tried = False
         sees_images = any(isinstance(module, nn.Conv2d) for module in model.modules())
-        rounds_finely = self._dtype in (
-            torch.float32,
-            torch.float64,
-        )  # else the first batch's luck would decide, by SAME
+        rounds_finely = self._dtype.itemsize >= 4  # else the first batch's luck would decide, by SAME
         self._is_laid_out = not (sees_images and rounds_finely and self._device.type == "cpu")
 
     @property
@@ -115,12 +100,7 @@ class LossEngine:
     @property
     def steps_bytes(self) -> int:
         """Memory that the steps of all counterparts take in a backward pass."""
-        swaps = [swap for found in self._counterparts for swap in found]
-        return sum(
-            base.element_size()
-            * (each.left.numel() + each.right.numel() if isinstance(each, LowRank) else base.numel())
-            for _, base, each in swaps
-        )
+        return self._counterparts.steps_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -129,37 +109,9 @@ class LossEngine:
             return int(torch.cuda.mem_get_info(self._device)[0])
         return int(psutil.virtual_memory().available)
 
-    def _aligned(self, changes: Mapping[str, Change]) -> list[tuple[Tensor, Tensor, Change]]:
-        """(slot, base tensor, change) of every tensor that differs; tied names share one slot."""
-        found: dict[int, tuple[Tensor, Tensor, Change]] = {}
-        for name, change in changes.items():
-            slot = self._slots[name]
-            if tuple(slot.shape) != tuple(change.shape):
-                raise ValueError(f"{name} is {list(change.shape)} in the counterpart, {list(slot.shape)} in the model")
-            if isinstance(change, LowRank):
-                found[id(slot)] = (slot, slot.data, change.to(slot))
-            else:
-                found[id(slot)] = (slot, slot.data, change.detach().to(slot.device, slot.dtype))
-        return list(found.values())
-
-    def _room_for_products(self) -> dict[int, Tensor]:
-        """Where tensors are made that differ by a product, by slot."""
-        swaps = [swap for found in self._counterparts for swap in found]
-        return {id(slot): torch.empty_like(base) for slot, base, change in swaps if isinstance(change, LowRank)}
-
-    def _lay_out(self, order: torch.memory_format) -> None:
-        """Put the numbers of kernels over images into another order in memory, under the base and all counterparts."""
-        with torch.inference_mode(False):  # the model is the caller's: it must still be able to learn
-            for slot in self._slots.values():
-                slot.data = _in_order(slot.data, order)
-            self._counterparts = [
-                [
-                    (slot, slot.data, change if isinstance(change, LowRank) else _in_order(change, order))
-                    for slot, _, change in swaps
-                ]
-                for swaps in self._counterparts
-            ]
-            self._made = self._room_for_products()
+    def counterpart(self, position: int | None) -> AbstractContextManager[nn.Module]:
+        """The model with one counterpart's tensors in place, for the time of the block; null for the base as it is."""
+        return self._counterparts.in_place(position)
 
     def _try_channels_last(self, tensors: Mapping[str, Tensor]) -> None:
         """Lay kernels out with channels last, for good if the model's losses stay what they were.
@@ -167,33 +119,14 @@ class LossEngine:
         A model may ask for the order of numbers in memory, as `view` behind a convolution does: then it fails, or says else.
         """
         before_B = self._loss_B(self._model, tensors)
-        self._lay_out(torch.channels_last)
+        self._counterparts.lay_out(torch.channels_last)
         try:
             after_B = self._loss_B(self._model, tensors)
         except RuntimeError:
             after_B = None
         if after_B is None or not torch.allclose(before_B, after_B, rtol=SAME, atol=SAME, equal_nan=True):
-            self._lay_out(torch.contiguous_format)
+            self._counterparts.lay_out(torch.contiguous_format)
         self._is_laid_out = True  # last: a batch that fails decides nothing for those after it
-
-    def _changed(self, slot: Tensor, base: Tensor, change: Change) -> Tensor:
-        """What a slot holds under a counterpart; a product is written where the one before it stood."""
-        if isinstance(change, LowRank):
-            change.added_to(base, self._made[id(slot)])
-            return self._made[id(slot)]
-        return change
-
-    @contextmanager
-    def counterpart(self, position: int) -> Iterator[nn.Module]:
-        """The model with one counterpart's tensors in place, for the time of the block."""
-        swaps = self._counterparts[position]
-        try:
-            for slot, base, change in swaps:
-                slot.data = self._changed(slot, base, change)
-            yield self._model
-        finally:
-            for slot, base, _ in swaps:
-                slot.data = base
 
     def losses(
         self, batches: Iterable[Batch], positions: Sequence[int] | None = None, base_S: np.ndarray | None = None
@@ -286,7 +219,7 @@ class LossEngine:
         if chosen not in self._backward:
             with torch.no_grad():
                 loss()  # tasks may look at their model when it first comes
-            backward = Derivatives(self._model, [self._step(position) for position in chosen])
+            backward = Derivatives(self._model, [self._counterparts.step(position) for position in chosen])
             backward.require_right(loss, rows)
             self._backward = {chosen: backward}
         return self._backward[chosen].along(loss, rows)
@@ -294,17 +227,8 @@ class LossEngine:
     def _forwards(self, loss: Callable[[], Tensor], chosen: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             loss_B = loss()
-        columns = [forward_along(self._model, self._step(position), loss)[1] for position in chosen]
+        columns = [forward_along(self._model, self._counterparts.step(position), loss)[1] for position in chosen]
         return loss_B, torch.stack(columns, dim=1) if columns else loss_B.new_empty(len(loss_B), 0)
-
-    def _step(self, position: int) -> dict[str, Change]:
-        """What a counterpart adds to the base."""
-        return {
-            self._names[id(slot)]: change
-            if isinstance(change, LowRank)
-            else to_loss_dtype(change) - to_loss_dtype(base)
-            for slot, base, change in self._counterparts[position]
-        }
 
     def _passes(self, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> list[Tensor]:
         """Losses [B] under the base (null) and counterparts; what they have in common is computed in the first pass."""
@@ -325,7 +249,7 @@ class LossEngine:
         return found
 
     def _pass(self, tensors: Mapping[str, Tensor], position: int | None) -> Tensor:
-        with nullcontext(self._model) if position is None else self.counterpart(position) as model:
+        with self.counterpart(position) as model:
             return self._loss_B(model, tensors)
 
     def _bears_trunk(self, trunk: Trunk, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> bool:
@@ -364,10 +288,6 @@ class LossEngine:
                 f"expected [{rows}] in float32 or float64"
             )
         return loss_B
-
-
-def _in_order(tensor: Tensor, order: torch.memory_format) -> Tensor:
-    return tensor.to(memory_format=order) if tensor.ndim == 4 else tensor  # `contiguous` leaves one channel as it is
 
 
 def _join(parts: list[Tensor]) -> np.ndarray:
