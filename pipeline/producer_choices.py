@@ -15,6 +15,7 @@ _Mode = Literal["eval", "train"]
 _Positive = Annotated[float, Field(gt=0)]
 _NotNegative = Annotated[float, Field(ge=0)]
 _Count = Annotated[int, Field(ge=1)]
+_Blocks = Annotated[int, Field(ge=0)]
 
 
 def _regular_expression(value: str) -> str:
@@ -23,6 +24,11 @@ def _regular_expression(value: str) -> str:
     except re.error as error:
         raise ValueError(f"{value!r} is not a regular expression: {error}") from error
     return value
+
+
+def _names_or_place(parameters: str, last_blocks: int) -> None:
+    if parameters and last_blocks:
+        raise ValueError("parameters chooses by name, last_blocks by place in the model: give one of them")
 
 
 class Steps(Extension):
@@ -46,6 +52,9 @@ class Steps(Extension):
     base model; on digits the query's own copy is found best between .2 and .5."""
     parameters: str = ""
     """Regular expression searched in parameter names: only those that match are tuned. Empty: all."""
+    last_blocks: _Blocks = 0
+    """Tune only so many last blocks of the model, and what comes behind them (final norm, output layer). A block is what the
+    model repeats (a decoder layer, a BasicBlock of a ResNet), else a layer. With `lora_rank`: only they get adapters. 0: all."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Tune adapters of this rank (LoRA, by peft) instead of weights: the counterpart of a large model is then a few megabytes,
     and any number of them fit beside the base. 0: weights themselves."""
@@ -63,6 +72,7 @@ class Steps(Extension):
             raise ValueError(
                 "parameters chooses among weights, lora_targets among layers for adapters: give one of them"
             )
+        _names_or_place(self.parameters, self.last_blocks)
         return self
 
     _check_patterns = field_validator("parameters", "lora_targets")(_regular_expression)
@@ -149,8 +159,16 @@ class Natural(Extension):
     away where that is long."""
     parameters: str = ""
     """Regular expression searched in parameter names: only those that match are moved. Empty: all."""
+    last_blocks: _Blocks = 0
+    """Move only so many last blocks of the model, and what comes behind them; the curvature is that of these alone. What a block
+    is: see `unlearn`. 0: all."""
 
     _check_parameters = field_validator("parameters")(_regular_expression)
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Natural:
+        _names_or_place(self.parameters, self.last_blocks)
+        return self
 
 
 class Reference(Extension):

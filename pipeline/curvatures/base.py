@@ -5,7 +5,6 @@ Shapes: Q vectors, P numbers of the chosen parameters, B rows of a batch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,31 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import MAX_NAMES_SHOWN, ContractError
+from ..blocks import tunable
 from ..tasks.base import Batch, Task
 
 
 class Parameters:
-    """Parameters of a model whose names match a pattern, in their order; tied ones once.
+    """Chosen parameters of a model; tied ones once.
 
     Args:
         model: The model; it is not changed.
-        pattern: Regular expression searched in their names; empty for all.
-
-    Raises:
-        ContractError: None matches.
+        names: Theirs, at least one; null for all.
     """
 
-    def __init__(self, model: nn.Module, pattern: str = "") -> None:
-        named = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-        chosen: dict[str, Tensor] = {name: each for name, each in named.items() if re.search(pattern, name)}
-        if not chosen:
-            raise ContractError(
-                f"producer.parameters: {pattern!r} matches none of {len(named)} parameters: "
-                + ", ".join(list(named)[:MAX_NAMES_SHOWN])
-            )
-        self.pattern, self.tensors = pattern, chosen
-        self._sizes = [parameter.numel() for parameter in chosen.values()]
+    def __init__(self, model: nn.Module, names: Sequence[str] | None = None) -> None:
+        named = tunable(model)
+        self.tensors: dict[str, Tensor] = {name: named[name] for name in (named if names is None else names)}
+        self._sizes = [parameter.numel() for parameter in self.tensors.values()]
 
     @property
     def names(self) -> list[str]:

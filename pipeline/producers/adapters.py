@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -15,11 +16,14 @@ from ..importing import extra
 NAME = "default"
 
 
-def add(model: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
+def add(
+    model: nn.Module, chosen: Sequence[nn.Parameter], targets: str, rank: int, alpha: float, seed: int
+) -> list[nn.Parameter]:
     """Put adapters that change nothing yet on layers, in place; the adapters' parameters.
 
     Args:
         model: Its own parameters are not to be tuned.
+        chosen: Parameters of it; only a layer whose weight is among them gets an adapter.
         targets: Regular expression searched in names of linear layers; empty for all but the one that makes the logits.
         rank: Of the adapters.
         alpha: Their product counts `alpha / rank` times.
@@ -33,16 +37,19 @@ def add(model: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> l
         from peft import LoraConfig, inject_adapter_in_model
         from transformers.pytorch_utils import Conv1D
     last = getattr(model, "get_output_embeddings", lambda: None)()
+    weights = set(map(id, chosen))
     layers = [
-        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not last
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not last and id(layer.weight) in weights
     ]
-    chosen = [name for name in layers if re.search(targets, name)]
-    if not chosen:
+    adapted = [name for name in layers if re.search(targets, name)]
+    if not adapted:
         raise ContractError(
             f"producer.lora_targets: {targets!r} matches none of {len(layers)} linear layers: "
             + ", ".join(layers[:MAX_NAMES_SHOWN])
         )
-    whole_names = "|".join(re.escape(name) for name in chosen)
+    whole_names = "|".join(re.escape(name) for name in adapted)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=whole_names)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it notices what is a Conv1D

@@ -20,5 +20,6 @@ class Finetune(Steps):
 
     def produce(self, base: nn.Module, task: Task, query: Batch, seed: int) -> Produced:
         """See Producer. `seed` is used by torch for what the model itself draws (dropout in train mode)."""
-        model, parameters = self.tunable_copy(base, seed)
-        return self.produced(base, model, self.take(model, parameters, task, query, sign=-1), seed)
+        choice = self.choice(base, task, query)
+        model, parameters = self.tunable_copy(base, choice.names, seed)
+        return self.produced(base, model, self.take(model, parameters, task, query, sign=-1), seed, choice)

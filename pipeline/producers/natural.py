@@ -18,6 +18,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from ..blocks import Choice, choose
 from ..curvatures import BUILTIN
 from ..curvatures.base import Curvature, Parameters
 from ..errors import NumericsError
@@ -48,15 +49,18 @@ class Natural:
     step: float | None
     steps: int
     parameters: str
+    last_blocks: int
     direction: ClassVar[int] = 1
 
     def fit(self, setting: Setting) -> Fitted:
         """See SampleProducer: the curvature's own tensors, and the damping.
 
         Raises:
+            ContractError: No parameter is chosen, or the model or task does not fit the curvature.
             NumericsError: The loss does not bend.
         """
-        parameters, curvature = Parameters(setting.base, self.parameters), self._curvature()
+        choice, curvature = self._choice(setting), self._curvature()
+        parameters = Parameters(setting.base, choice.names)
         chosen: dict[str, float | str] = {"damping": self.damping} if self.damping else {}
         chosen = chosen or choose_damping(setting, parameters, curvature)
         if "damping" not in chosen:
@@ -65,13 +69,13 @@ class Natural:
                 "is the model certain of all of them, or is the loss a straight line in the model's outputs?",
             )
         tensors = curvature.fit(setting.base, setting.task, parameters, setting.everything, setting.seed)
-        return Fitted(tensors, {"curvature": self.curvature, **chosen})
+        return Fitted(tensors, {"curvature": self.curvature, **chosen, **choice.details})
 
     def produce_all(
         self, setting: Setting, queries: Mapping[str, Batch], fitted: Fitted
     ) -> Iterator[tuple[str, Produced | NumericsError]]:
         """See SampleProducer."""
-        parameters, curvature = Parameters(setting.base, self.parameters), self._curvature()
+        parameters, curvature = Parameters(setting.base, self._choice(setting).names), self._curvature()
         curvature.load(setting.base, setting.task, parameters, setting.everything, fitted.tensors)
         stepper, steps = Stepper(setting.base, setting.task, parameters, setting.probe), {}
         block = max(1, BLOCK_BYTES // (VECTORS_HELD * parameters.size * 4))
@@ -120,6 +124,10 @@ class Natural:
             found = zip(change_QP, lengths, solve(slope_QP), strict=True)
             change_QP = [change_P + length * direction_P for change_P, length, direction_P in found]
         return change_QP
+
+    def _choice(self, setting: Setting) -> Choice:
+        """What moves: the same for all queries and at all workers, as the probe is."""
+        return choose(setting.base, setting.task, setting.probe[0], self.parameters, self.last_blocks)
 
     def _curvature(self) -> Curvature:
         iterative = self.curvature == "gauss_newton"

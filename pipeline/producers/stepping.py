@@ -62,7 +62,7 @@ class Stepper:
     def __init__(self, base: nn.Module, task: Task, parameters: Parameters, probe: Sequence[Batch]) -> None:
         self._base, self._task, self._parameters, self._probe = base, task, parameters, probe
         self._copy = copy.deepcopy(base)
-        self._moved = Parameters(self._copy, parameters.pattern)
+        self._moved = Parameters(self._copy, parameters.names)
 
     def derivatives(self, direction_QP: Tensor) -> Tensor:
         """Exact derivatives of the probe's losses along directions: [Q, N], float64."""

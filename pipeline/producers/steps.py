@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import MAX_NAMES_SHOWN, ContractError, NumericsError
+from ..blocks import Choice, choose, tunable
+from ..errors import NumericsError
 from ..tasks.base import Batch, Task
 from . import adapters, sharding
 from .base import Produced
@@ -28,37 +29,44 @@ class Steps:
     normalize: bool
     max_loss_change: float
     parameters: str
+    last_blocks: int
     lora_rank: int
     lora_alpha: float
     lora_targets: str
     mode: str
 
-    def tunable_copy(self, base: nn.Module, seed: int) -> tuple[nn.Module, list[nn.Parameter]]:
-        """A copy of the base in the recipe's mode, and those of its parameters that the steps move. `seed` draws adapters.
+    def choice(self, base: nn.Module, task: Task, query: Batch) -> Choice:
+        """The parameters that the steps move; of adapters, those that get one. Raises ContractError: there are none."""
+        found = choose(base, task, query, self.parameters, self.last_blocks)
+        if self.lora_rank:  # not these move, but adapters of some of them
+            found.details.pop("parameters", None)
+        return found
+
+    def tunable_copy(self, base: nn.Module, names: Sequence[str], seed: int) -> tuple[nn.Module, list[nn.Parameter]]:
+        """A copy of the base in the recipe's mode, and those of its parameters that the steps move.
+
+        Args:
+            base: Base model.
+            names: Of the parameters that are chosen.
+            seed: Draws adapters.
 
         Raises:
-            ContractError: The pattern matches no parameter, or no layer.
+            ContractError: No layer is to get an adapter.
         """
-        model, chosen = self._copy(base, seed)
+        model, chosen = self._copy(base, names, seed)
         if sharding.is_shared():
             sharding.share(model)
             chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return model, chosen
 
-    def _copy(self, base: nn.Module, seed: int) -> tuple[nn.Module, list[nn.Parameter]]:
+    def _copy(self, base: nn.Module, names: Sequence[str], seed: int) -> tuple[nn.Module, list[nn.Parameter]]:
         """A tunable copy that is whole."""
         model = copy.deepcopy(base).requires_grad_(False)
         model.train(self.mode == "train")
+        named = tunable(model)
+        chosen = [named[name] for name in names]
         if self.lora_rank:
-            return model, adapters.add(model, self.lora_targets, self.lora_rank, self.lora_alpha, seed)
-        pattern = re.compile(self.parameters)
-        chosen = [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
-        if not chosen:
-            names = [name for name, _ in model.named_parameters()]
-            raise ContractError(
-                f"producer.parameters: {self.parameters!r} matches none of {len(names)} parameters: "
-                + ", ".join(names[:MAX_NAMES_SHOWN])
-            )
+            return model, adapters.add(model, chosen, self.lora_targets, self.lora_rank, self.lora_alpha, seed)
         for parameter in chosen:
             parameter.requires_grad_(True)
         return model, chosen
@@ -89,17 +97,17 @@ class Steps:
         return self.steps
 
     def produced(
-        self, base: nn.Module, model: nn.Module, steps: int, seed: int, details: dict[str, float | str] | None = None
+        self, base: nn.Module, model: nn.Module, steps: int, seed: int, choice: Choice, **details: float | str
     ) -> Produced:
         """What became of a tunable copy, whole; adapters become products. Of a shared one, at the first worker alone."""
         if sharding.is_shared():
             state = sharding.whole_state(model)
             if not sharding.is_first():
                 return Produced(base, steps)
-            model, _ = self._copy(base, seed)
+            model, _ = self._copy(base, choice.names, seed)
             model.load_state_dict(state)
         factors = adapters.fold(model) if self.lora_rank else {}
-        return Produced(model, steps, details or {}, factors)
+        return Produced(model, steps, {**choice.details, **details}, factors)
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer == "adam":

@@ -39,8 +39,10 @@ class Unlearn(Steps):
         if self.noise_radius:
             batch, details = self._lifted(base, task, batch, seed)
         # A forward pass in train mode moves batch norm statistics: the steps start from a fresh copy.
-        model, parameters = self.tunable_copy(base, seed)
-        return self.produced(base, model, self.take(model, parameters, task, batch, sign=1), seed, details)
+        choice = self.choice(base, task, batch)
+        model, parameters = self.tunable_copy(base, choice.names, seed)
+        steps = self.take(model, parameters, task, batch, sign=1)
+        return self.produced(base, model, steps, seed, choice, **details)
 
     def _lifted(
         self, base: nn.Module, task: Task, batch: Batch, seed: int
@@ -68,7 +70,7 @@ class Unlearn(Steps):
 
     def _half_loss(self, base: nn.Module, task: Task, batch: Batch) -> float:
         """Half the mean loss, as the release compares it, from a fresh copy in the recipe's mode."""
-        model, _ = dataclasses.replace(self, parameters="", lora_rank=0).tunable_copy(base, 0)
+        model, _ = dataclasses.replace(self, lora_rank=0).tunable_copy(base, (), 0)
         with torch.no_grad():
             return float(query_loss(model, task, batch)) / 2
 

@@ -60,7 +60,7 @@ def test_only_factors_are_saved_and_give_the_counterparts_losses(model, section)
 def test_the_counterpart_is_what_peft_computes():
     """Before and after the adapters are folded into the weights: the same logits to rounding."""
     model = gpt().requires_grad_(False)
-    parameters = adapters.add(model, "", 4, 16.0, seed=0)
+    parameters = adapters.add(model, list(model.parameters()), "", 4, 16.0, seed=0)
     with torch.no_grad():
         for parameter in parameters:
             parameter.normal_(0, 0.1)

@@ -347,9 +347,9 @@ def test_a_task_that_does_not_call_its_model_is_a_contract_error():
 
 def test_a_pattern_that_matches_nothing_is_a_contract_error():
     """It names parameters that there are."""
-    model, _ = made(perceptron)
+    model, batch = made(perceptron)
     with pytest.raises(ContractError, match=r"matches none of 4 parameters: 0\.weight"):
-        Parameters(model, "nothing")
+        natural(parameters="nothing").fit(setting_of(model, batch))
 
 
 def test_damping_of_a_linear_regression_is_finite():
