@@ -3,7 +3,7 @@
 An MLP and a CNN on 1,000 digits, and a small language model on 500 sentences: LDS over half subsets, with 60 held-out queries;
 copies of 100 training examples, which should find themselves; 100 flipped labels, which 400 clean digits as one query should
 find; sentences that state a fact, which its question should find; models without a digit's strongest proponents. And whether the
-hypothesis itself holds.
+hypothesis itself holds; and what is lost where only the last blocks are tuned.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from pipeline.artifacts import Run
+from tests.bench import faithful_blocks
 from tests.bench.faithful_digits import Digits
 from tests.bench.faithful_mirror import mirrors
 from tests.bench.faithful_text import Text
@@ -213,7 +214,15 @@ def mirror() -> None:
     publish("faithful", mirrors())
 
 
-SETUPS = {"mlp": lambda: digits("mlp"), "cnn": lambda: digits("cnn"), "text": text, "mirror": mirror}
+def blocks() -> None:
+    """What tuning only the last blocks costs."""
+    for kind in faithful_blocks.SETUPS:
+        publish("faithful", faithful_blocks.costs(kind))
+
+
+SETUPS = {
+    "mlp": lambda: digits("mlp"), "cnn": lambda: digits("cnn"), "text": text, "mirror": mirror, "blocks": blocks,
+}  # fmt: skip
 
 
 def main() -> None:
