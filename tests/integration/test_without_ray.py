@@ -413,6 +413,21 @@ def test_a_counterpart_holds_only_what_changed_and_says_how_it_was_made(make_spe
     assert meta["query_loss_after_nats"] > meta["query_loss_before_nats"]
 
 
+@pytest.mark.parametrize("name", ["unlearn", "natural"])
+def test_meta_says_which_blocks_were_tuned(make_spec, tmp_path, name):
+    """How many there are and of what kind, and how many of the model's parameters; nothing where all of it is tuned."""
+    whole, last = (
+        freeze.freeze(make_spec(f"run.uri={tmp_path / str(n)}", f"producer={{name: {name}, last_blocks: {n}}}"))
+        for n in (0, 2)
+    )
+    for run in (whole, last):
+        Tuner(run, "cpu").tune("copy-of-3")
+    meta = last.counterpart_meta("copy-of-3")
+    assert {"7.weight", "7.bias", "9.weight", "9.bias"} == set(meta["changed"])
+    assert ("3-4 of 4 layers", "4,810 of 6,058") == (meta["details"]["blocks"], meta["details"]["parameters"])
+    assert set() == {"blocks", "parameters"} & set(whole.counterpart_meta("copy-of-3")["details"])
+
+
 def test_a_task_that_cannot_say_its_columns_is_named(make_spec):
     """An error in somebody's own columns() is theirs, with its place, before any work."""
     with pytest.raises(
