@@ -62,6 +62,10 @@ class Part:
         """Of its runs."""
         return f"{self.method}, last {self.blocks}" if self.blocks else self.method
 
+    def tuned(self, blocks: int) -> str:
+        """Of so many, for people."""
+        return f"{self.blocks} of {blocks}" if self.blocks else "all"
+
 
 def costs(kind: str) -> list[Row]:
     """Show a world's table; its figures."""
@@ -83,7 +87,10 @@ def costs(kind: str) -> list[Row]:
     _show(world, blocks, lds, first)
     times = f"{world.lds['subsets']} x {world.lds['retrainings']} retrainings"
     conditions = f"{kind}, {world.rows} rows, {world.queries} queries, {times}, {machine()}"
-    return [figure(f"{kind}: LDS, {part.name} of {blocks}", lds[part.name].mean.value, conditions) for part in sections]
+    return [
+        figure(f"{kind}: LDS, {part.method}, {part.tuned(blocks)} blocks tuned", lds[part.name].mean.value, conditions)
+        for part in sections
+    ]
 
 
 def _is(label: str, part: Part) -> bool:
@@ -117,9 +124,8 @@ def _show(world: World, blocks: int, lds: Mapping[str, LDS], first: Mapping[Part
     for part, copies in first.items():
         whole_Q, here_Q = lds[part.method].correlation_Q, lds[part.name].correlation_Q
         less_Q = here_Q - whole_Q
-        tuned = f"{part.blocks} of {blocks}" if part.blocks else "all"
         shown = (here_Q.mean(), _error(here_Q), less_Q.mean(), _error(less_Q))
-        table.add_row(part.method, tuned, *(f"{each:.3f}" for each in shown), f"{copies:.2f}")
+        table.add_row(part.method, part.tuned(blocks), *(f"{each:.3f}" for each in shown), f"{copies:.2f}")
     Console(width=150).print(table)
 
 
