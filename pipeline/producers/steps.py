@@ -65,6 +65,8 @@ class Steps:
         model.train(self.mode == "train")
         named = tunable(model)
         chosen = [named[name] for name in names]
+        if self.last_blocks:
+            _hold_statistics(model, chosen)
         if self.lora_rank:
             return model, adapters.add(model, chosen, self.lora_targets, self.lora_rank, self.lora_alpha, seed)
         for parameter in chosen:
@@ -113,6 +115,14 @@ class Steps:
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+def _hold_statistics(model: nn.Module, chosen: list[nn.Parameter]) -> None:
+    """Batch norms that are not tuned stay in eval mode, in place: what comes before the last blocks is to be the base's."""
+    ids = set(map(id, chosen))
+    for module in model.modules():
+        own = set(map(id, module.parameters(recurse=False)))
+        module.training &= not own or not own.isdisjoint(ids)
 
 
 def _to_unit_length(parameters: list[nn.Parameter]) -> None:

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Choice
 from ..errors import ContractError, NumericsError
 from ..tasks.base import Batch, Task
 from .base import Produced
@@ -36,19 +37,19 @@ class Unlearn(Steps):
         """See Producer. Raises NumericsError when no noise within `noise_tries` lifts a near-zero loss."""
         batch = {name: value.repeat(self.repeat, *[1] * (value.ndim - 1)) for name, value in query.items()}
         details: dict[str, float | str] = {}
+        choice = self.choice(base, task, query)
         if self.noise_radius:
-            batch, details = self._lifted(base, task, batch, seed)
+            batch, details = self._lifted(base, task, batch, choice, seed)
         # A forward pass in train mode moves batch norm statistics: the steps start from a fresh copy.
-        choice = self.choice(base, task, batch)
         model, parameters = self.tunable_copy(base, choice.names, seed)
         steps = self.take(model, parameters, task, batch, sign=1)
         return self.produced(base, model, steps, seed, choice, **details)
 
     def _lifted(
-        self, base: nn.Module, task: Task, batch: Batch, seed: int
+        self, base: nn.Module, task: Task, batch: Batch, choice: Choice, seed: int
     ) -> tuple[dict[str, Tensor], dict[str, float | str]]:
         """The batch, or a noisy one whose loss is large enough to have a gradient."""
-        if not self._half_loss(base, task, batch) < self.noise_below:  # NaN too: the steps say what is wrong
+        if not self._half_loss(base, task, batch, choice) < self.noise_below:  # NaN too: the steps say what is wrong
             return dict(batch), {}
         if not any(value.is_floating_point() for value in batch.values()):
             raise ContractError(
@@ -59,7 +60,7 @@ class Unlearn(Steps):
         radius = self.noise_radius
         for tries in range(1, self.noise_tries + 1):
             noisy = {name: _on_sphere(value, radius, self.repeat, generator) for name, value in batch.items()}
-            if self._half_loss(base, task, noisy) >= self.noise_until:
+            if self._half_loss(base, task, noisy, choice) >= self.noise_until:
                 return noisy, {"noise_radius": radius, "noise_tries": tries}
             radius *= self.noise_growth
         raise NumericsError(
@@ -68,9 +69,9 @@ class Unlearn(Steps):
             "raise producer.noise_tries, or use a recipe without noise",
         )
 
-    def _half_loss(self, base: nn.Module, task: Task, batch: Batch) -> float:
+    def _half_loss(self, base: nn.Module, task: Task, batch: Batch, choice: Choice) -> float:
         """Half the mean loss, as the release compares it, from a fresh copy in the recipe's mode."""
-        model, _ = dataclasses.replace(self, lora_rank=0).tunable_copy(base, (), 0)
+        model, _ = dataclasses.replace(self, lora_rank=0).tunable_copy(base, choice.names, 0)
         with torch.no_grad():
             return float(query_loss(model, task, batch)) / 2
 

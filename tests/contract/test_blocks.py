@@ -199,9 +199,21 @@ def test_adapters_go_to_the_last_blocks():
     assert {"blocks": "2-3 of 3 LlamaDecoderLayer"} == produced.details
 
 
+@pytest.mark.parametrize("section", [Unlearn, Finetune])
+def test_train_mode_moves_statistics_of_the_last_blocks_alone(section):
+    """Those of batch norms before them would change all that comes after."""
+    base = made(ResNet)
+    produced = load_producer(section(mode="train", last_blocks=1, steps=2)).produce(base, PICTURES, pictures(4), 0)
+    old = base.state_dict()
+    moved = {name for name, each in produced.model.state_dict().items() if not torch.equal(each, old[name])}
+    buffers = {name for name, _ in base.named_buffers() if name.startswith("layer2.1.")}
+    assert 9 == len(buffers)
+    assert buffers <= moved <= {*names_under(base, "fc.", "layer2.1."), *buffers}
+
+
 @pytest.mark.parametrize("preset", [None, "paper"])
-def test_noise_and_train_mode_leave_the_choice(preset):
-    """The paper's step moves the last layer alone, too; statistics of a batch norm are moved by the mode, not by the choice."""
+def test_noise_leaves_the_choice(preset):
+    """The paper's step moves the last layer alone, too, and steps on a query that noise was added to."""
     base = made(digits.cnn)
     query = pictures(1)
     section = Unlearn(preset=preset, last_blocks=1, **({} if preset else {"noise_radius": 1.0, "noise_below": 99.0}))
