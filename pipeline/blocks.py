@@ -2,8 +2,9 @@
 
 A block is one of the modules that a model repeats: a decoder layer, a BasicBlock of a ResNet. No model needs to say so. Of the
 classes of modules that stand in lists (nn.Sequential, nn.ModuleList, nn.ModuleDict) several times, not one in another, it is the
-one that holds most parameters; if there is none in a list, of all classes. A model that repeats nothing has layers instead:
-modules without others in them, with a matrix of weights or more.
+one that holds most parameters; or one that there is more of and that holds nearly as many (the blocks of a stage, not the
+stage). If there is none in a list, any class will do. A model that repeats nothing has layers instead: modules without others
+in them, with a matrix of weights or more.
 
 What comes behind a block is what is called after it has begun, when the model does its task: in the order of definition an
 output layer may stand first. A tensor that is used earlier as well (an output layer that is tied to the embedding) is not
@@ -22,6 +23,8 @@ from torch import nn
 from .errors import MAX_NAMES_SHOWN, ContractError
 from .tasks.base import Batch, Task
 
+NEARLY = 0.9
+"""Share of a stage's parameters that its blocks must hold; in Swin and ConvNeXt .94, the rest is between the stages."""
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _Calls = dict[nn.Module, int]
 """Module -> when it was first called, counted from 0."""
@@ -103,7 +106,10 @@ def blocks_in(model: nn.Module, called: Collection[nn.Module]) -> list[nn.Module
     several = [found for found in repeated.values() if len(found) > 1 and not _nested(found)]
     in_lists = [found for found in several if listed.issuperset(found)]
     layers = [module for module in model.modules() if not _has_children(module) and _has_matrix(module)]
-    blocks = set(max(in_lists or several or [layers], key=_size_of))
+    kinds = in_lists or several or [layers]
+    most = max(kinds, key=_size_of)
+    finer = [found for found in kinds if len(found) > len(most) and _size_of(found) >= NEARLY * _size_of(most)]
+    blocks = set(max(finer or [most], key=_size_of))
     return [module for module in called if module in blocks]
 
 

@@ -57,6 +57,16 @@ class ResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+def staged():
+    """Hugging Face's ResNet: stages in a list, of blocks in lists, of convolutions in lists."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[2, 3], layer_type="basic", num_labels=10
+    )
+    return ResNetForImageClassification(config)
+
+
 class Unlisted(nn.Module):
     """Blocks without a list, one of them called twice, and a parameter of the model's own that is used at the end."""
 
@@ -173,6 +183,20 @@ def test_every_producer_moves_the_chosen_alone(word, factory):
     assert sorted(choice.names) == sorted(moved)
     assert choice.details == {name: made_of.details[name] for name in ("blocks", "parameters")}
     assert all(torch.equal(before[name], each) for name, each in base.state_dict().items())
+
+
+def test_blocks_are_those_of_a_stage_not_the_stage():
+    """The finer of two kinds that hold the same."""
+
+    class Pictures:
+        def loss_B(self, model, batch):
+            return model(batch["features"]).logits.sum(dim=1)
+
+    model = made(staged)
+    choice = choose(model, Pictures(), pictures(), last_blocks=2)
+    assert "4-5 of 5 ResNetBasicLayer" == choice.details["blocks"]
+    prefixes = [f"resnet.encoder.stages.1.layers.{n}." for n in (1, 2)]
+    assert names_under(model, *prefixes, "classifier.") == list(choice.names)
 
 
 def test_all_blocks_leave_out_what_comes_before_them():
