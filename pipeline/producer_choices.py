@@ -54,7 +54,8 @@ class Steps(Extension):
     """Regular expression searched in parameter names: only those that match are tuned. Empty: all."""
     last_blocks: _Blocks = 0
     """Tune only so many last blocks of the model, and what comes behind them (final norm, output layer). A block is what the
-    model repeats (a decoder layer, a BasicBlock of a ResNet), else a layer. With `lora_rank`: only they get adapters. 0: all."""
+    model repeats (a decoder layer, a BasicBlock of a ResNet), else a layer. With `lora_rank`: only they get adapters.
+    Scoring computes all before them once. On three small models `unlearn` lost no LDS, but found fewer own copies. 0: all."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Tune adapters of this rank (LoRA, by peft) instead of weights: the counterpart of a large model is then a few megabytes,
     and any number of them fit beside the base. 0: weights themselves."""
@@ -161,7 +162,8 @@ class Natural(Extension):
     """Regular expression searched in parameter names: only those that match are moved. Empty: all."""
     last_blocks: _Blocks = 0
     """Move only so many last blocks of the model, and what comes behind them; the curvature is that of these alone. What a block
-    is: see `unlearn`. 0: all."""
+    is: see `unlearn`. It cost an MLP .09 of its LDS of .56, a CNN nothing down to its last layer; own copies are found
+    less often. 0: all."""
 
     _check_parameters = field_validator("parameters")(_regular_expression)
 

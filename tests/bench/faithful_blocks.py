@@ -118,7 +118,8 @@ def _lds(world: World, runs: Mapping[str, Run]) -> dict[str, LDS]:
 def _show(world: World, blocks: int, lds: Mapping[str, LDS], first: Mapping[Part, float]) -> None:
     """The table; differences are paired over queries, retrainings taken as given."""
     ceiling = next(iter(lds.values())).ceiling
-    table = Table(title=f"{world.kind}: {machine()}; perfect scores would get {ceiling:.2f}", title_justify="left")
+    perfect = "" if ceiling is None else f"; perfect scores would get {ceiling:.2f}"
+    table = Table(title=f"{world.kind}: {machine()}{perfect}", title_justify="left")
     for name in ("method", "blocks tuned", "LDS", "s.e.", "less that of all", "s.e.", "copy first"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for part, copies in first.items():
