@@ -254,7 +254,8 @@ class LossEngine:
 
     def _bears_trunk(self, trunk: Trunk, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> bool:
         """Whether there is something in the trunk, and losses with it are those of whole passes to the bit."""
-        whole = [self._pass(tensors, passes[0])]  # first of all: tasks may look at their model when it first comes
+        with trunk.tracing():  # first of all: tasks may look at their model when it first comes
+            whole = [self._pass(tensors, passes[0])]
         with trunk.recording():
             self._pass(tensors, passes[0])
         if trunk.is_empty:

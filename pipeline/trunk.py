@@ -32,9 +32,10 @@ class Trunk:
         slots = {id(tensor) for tensor in changed}
         self._modules = [module for module in model.modules() if module is not model]
         self._owners = {module for module in model.modules() if not slots.isdisjoint(map(id, _own(module)))}
-        self._is_whole = model in self._owners
+        self._model = model
         self._returned: list[tuple[nn.Module, Any]] = []
-        self._is_recording = self._is_replaying = False
+        self._called: set[nn.Module] = set()
+        self._is_tracing = self._is_recording = self._is_replaying = False
         self._given = 0
 
     @property
@@ -63,10 +64,29 @@ class Trunk:
                     module.__dict__.pop("forward", None)
 
     @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """See in the block which modules are called; a tensor whose owner is not counts as its container's.
+
+        Some containers use what is in them by other means than a call, as torch's own transformer layers do.
+        """
+        self._called, self._is_tracing = {self._model}, True
+        try:
+            yield
+        finally:
+            self._is_tracing = False
+        parent = {child: module for module in self._model.modules() for child in module.children()}
+        owners = set()
+        for owner in self._owners:
+            while owner not in self._called:
+                owner = parent[owner]
+            owners.add(owner)
+        self._owners = owners
+
+    @contextmanager
     def recording(self) -> Iterator[None]:
         """Keep what modules return in the block, until one is called that is changed."""
         self._returned.clear()
-        self._is_recording = not self._is_whole
+        self._is_recording = self._model not in self._owners
         try:
             yield
         finally:
@@ -89,6 +109,8 @@ class Trunk:
                     return self._returned[self._given - 1][1]
             elif self._is_recording:
                 return self._recorded(module, forward, args, keywords)
+            elif self._is_tracing:
+                self._called.add(module)
             return forward(*args, **keywords)
 
         return watched

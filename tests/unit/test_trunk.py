@@ -221,6 +221,23 @@ def test_language_models_share_their_first_blocks(changed, tied, capsys):
     assert "" == capsys.readouterr().err
 
 
+def test_layers_that_use_what_is_in_them_without_a_call(capsys):
+    """torch's own transformer layers do so in eval mode; the first of two is shared."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Flatten(1, 2), nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(64, 10)).eval()
+    runs, first, own = [], model[1].layers[0], model[1].layers[0].forward
+    first.forward = lambda *args, **keywords: (runs.append(1), own(*args, **keywords))[1]
+    counterparts = [moved(model, "1.layers.1", seed=seed) for seed in (1, 2)]
+    assert_plain(model, TASK, counterparts, images())
+    engine = LossEngine(model, TASK, counterparts)
+    engine.losses(images().batches(BATCH_ROWS))
+    runs.clear()
+    engine.losses(images().batches(BATCH_ROWS))
+    assert BATCHES == len(runs)
+    assert "" == capsys.readouterr().err
+
+
 def test_a_tied_embedding_that_changes_leaves_nothing_to_share(capsys):
     """Its output layer's weight is the first thing that the model uses."""
     model = gpt(tied=True)
