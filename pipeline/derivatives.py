@@ -72,7 +72,9 @@ class Derivatives:
         return loss_B.detach(), total_BQ
 
     def require_right(self, loss: Callable[[], Tensor], rows: int) -> None:
-        """See on a batch that the layers are what they were taken for: rows, weighted differently, against autograd.
+        """See on a few rows that layers are what they were taken for: weighted differently, against autograd.
+
+        The first and the last step are compared.
 
         Raises:
             ValueError: They are not, or the model does not bear to be looked at.
@@ -91,8 +93,9 @@ class Derivatives:
             slopes = torch.autograd.grad(
                 total, [slots[name] for name in names], allow_unused=True, materialize_grads=True
             )
-        wanted_Q = torch.stack([_product(dict(zip(names, slopes, strict=True)), step) for step in self._steps])
-        off = float((weight_B @ found_BQ - wanted_Q).norm() / wanted_Q.norm().clamp_min(1e-30))
+        ends = sorted({0, len(self._steps) - 1})
+        wanted_Q = torch.stack([_product(dict(zip(names, slopes, strict=True)), self._steps[q]) for q in ends])
+        off = float((weight_B @ found_BQ[:, ends] - wanted_Q).norm() / wanted_Q.norm().clamp_min(1e-30))
         if not off <= (TOLERANCE if slopes[0].dtype.itemsize >= 4 else COARSE_TOLERANCE):
             raise ValueError(f"derivatives layer by layer are off by {off:.1%} from autograd's")
 

@@ -29,6 +29,8 @@ from .derivatives import Derivative, Derivatives, forward_along
 from .observe import say
 from .trunk import Trunk
 
+CHECKED_ROWS = 4
+"""Of the first batch, on which derivatives layer by layer are compared with autograd's."""
 SAME = 1e-3
 """By how much losses may differ between two orders of adding up, in nats and relative; half precision has the most."""
 
@@ -208,21 +210,26 @@ class LossEngine:
         """Losses [B] and derivatives [B, Q]."""
         loss, rows = partial(self._loss_B, self._model, tensors), len(next(iter(tensors.values())))
         try:
-            return self._backwards(loss, rows, chosen) if way == "gradient" else self._forwards(loss, chosen)
+            if way == "jvp":
+                return self._forwards(loss, chosen)
+            return self._backward_of(tensors, chosen).along(loss, rows)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             kind = type(self._model).__name__
             raise ValueError(
                 f"{kind} does not bear way {way}: {error}; way difference asks nothing of a model"
             ) from error
 
-    def _backwards(self, loss: Callable[[], Tensor], rows: int, chosen: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _backward_of(self, tensors: Mapping[str, Tensor], chosen: tuple[int, ...]) -> Derivatives:
+        """Along these counterparts' steps; held until others are asked for."""
         if chosen not in self._backward:
+            few = {name: tensor[:CHECKED_ROWS] for name, tensor in tensors.items()}
+            loss, rows = partial(self._loss_B, self._model, few), len(next(iter(few.values())))
             with torch.no_grad():
                 loss()  # tasks may look at their model when it first comes
             backward = Derivatives(self._model, [self._counterparts.step(position) for position in chosen])
             backward.require_right(loss, rows)
             self._backward = {chosen: backward}
-        return self._backward[chosen].along(loss, rows)
+        return self._backward[chosen]
 
     def _forwards(self, loss: Callable[[], Tensor], chosen: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
