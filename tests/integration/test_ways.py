@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from pipeline.audit import audit
+from pipeline.calibration import MANY
 from pipeline.errors import ArtifactError, ContractError
 from pipeline.freeze import freeze
 from pipeline.frozen import open_run
@@ -102,13 +103,13 @@ def normed():
 
 @pytest.mark.ray
 def test_many_queries_are_calibrated_by_a_worker(ray_cluster, make_spec, tmp_path, world, capsys):
-    """From 4 queries on; it is said, kept, and another start finds it."""
+    """From 16 queries on; it is said, kept, and another start finds it."""
     queries = tmp_path / "queries.parquet"
-    pq.write_table(pq.read_table(world.folder / "corpus.parquet").slice(0, 5), queries)
+    pq.write_table(pq.read_table(world.folder / "corpus.parquet").slice(0, MANY), queries)
     spec = tuned(make_spec(f"queries={{uri: '{queries}', query_id: id}}", "resources.score.actors=1"))
     run = attribute(spec)
     found = run.calibration()
-    assert 5 == found["queries"]
+    assert MANY == found["queries"]
     assert run.way == found["way"]
     assert f"score by {found['way']}: {found['why']}" in capsys.readouterr().err
     for folder in ("commits", "scores"):
