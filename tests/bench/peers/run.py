@@ -46,6 +46,8 @@ ANSWER = "answer: "
 """Before what --serve says; libraries print, too."""
 PLAIN = ("kronfluence-identity", "dattri-graddot", "dattri-hooks", "captum-tracincp", "captum-tracincp-fast")
 """Peers without curvature or projections, whose speed is measured."""
+ASKED = ("bergson-projected", "kronfluence-trunk", "kronfluence-lowrank", "dattri_llm-trunk")
+"""Ways to be fast, which are left out unless they are asked for by name."""
 
 
 def peers() -> dict[str, Peer]:
@@ -209,7 +211,11 @@ def main() -> None:
     elif given.timing_rows:
         measure(given.folder, world.repeated(given.timing_rows), {name: table[name] for name in given.only or PLAIN})
     else:
-        score(given.folder, world, {name: table[name] for name in given.only or table})
+        score(
+            given.folder,
+            world,
+            {name: table[name] for name in given.only or [each for each in table if each not in ASKED]},
+        )
 
 
 if __name__ == "__main__":

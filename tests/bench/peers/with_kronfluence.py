@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -94,7 +95,9 @@ def _scores(
     world: World, strategy: str, arguments: ScoreArguments, settings: str, layers: list[str] | None = None
 ) -> Scored:
     batch_rows = world.batch_rows or BATCH_ROWS[world.kind]
-    query_rows = world.query_rows or QUERY_ROWS[world.kind]
+    held = min(world.query_rows or QUERY_ROWS[world.kind], len(world.queries))
+    query_rows = math.gcd(held, QUERY_ROWS[world.kind])
+    arguments.query_gradient_accumulation_steps = held // query_rows
     loading = DataLoaderKwargs(collate_fn=as_it_is)
     task = Losses(world, layers)
     torch.manual_seed(0)
@@ -130,7 +133,7 @@ def _scores(
             )
         )
         found: Any = analyzer.load_pairwise_scores("scores")
-    settings = f"{settings}, {dtype}; batches of {batch_rows}, queries of {query_rows}"
+    settings = f"{settings}, {dtype}; batches of {batch_rows}, queries of {held}"
     return Scored(found["all_modules"].float().numpy(), fit_s, score_s, settings, *task.clock.spent_s)
 
 
