@@ -118,7 +118,11 @@ class Peers:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        answer = next(line for line in self._process.stdout if line.startswith("answer: "))
+        answer = next((line for line in self._process.stdout if line.startswith("answer: ")), None)
+        if answer is None:
+            raise RuntimeError(
+                f"{name}: the peers' process ended with {self._process.wait()}; -9 is out of memory, perhaps"
+            )
         found = json.loads(answer.removeprefix("answer: "))
         if found["check"] is not None:
             self.checks[name] = found["check"]
