@@ -64,7 +64,7 @@ class Derivatives:
         total_BQ = torch.zeros(len(loss_B), len(self._steps), device=self._device)
         for row_B, each_BQ in found:
             if row_B is not None:
-                total_BQ.index_add_(0, row_B, each_BQ)
+                total_BQ.index_add_(0, row_B, each_BQ.to(total_BQ.dtype))
             elif len(each_BQ) == len(loss_B):
                 total_BQ += each_BQ
             else:
