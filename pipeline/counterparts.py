@@ -69,6 +69,10 @@ class Counterparts:
             for _, base, each in swaps
         )
 
+    def changes(self, position: int) -> dict[str, Change]:
+        """What a counterpart was given as; of tied tensors under one name."""
+        return {self._names[id(slot)]: change for slot, _, change in self._swaps[position]}
+
     def step(self, position: int) -> dict[str, Change]:
         """What a counterpart adds to the base."""
         return {

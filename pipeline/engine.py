@@ -11,6 +11,7 @@ more than kernels that are laid out so. A model that does not bear it, by what t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ CHECKED_ROWS = 4
 """Of the first batch, on which derivatives layer by layer are compared with autograd's."""
 SAME = 1e-3
 """By how much losses may differ between two orders of adding up, in nats and relative; half precision has the most."""
+SHARE_OF_MEMORY = 0.5
+"""Of what is free, that a finer copy of the models may take."""
+FINER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
 class LossFunction(Protocol):
@@ -114,6 +118,23 @@ class LossEngine:
     def counterpart(self, position: int | None) -> AbstractContextManager[nn.Module]:
         """The model with one counterpart's tensors in place, for the time of the block; null for the base as it is."""
         return self._counterparts.in_place(position)
+
+    def finer(self, positions: Sequence[int]) -> LossEngine | None:
+        """A copy of the base and of some counterparts in the next finer precision; null if there is none.
+
+        Raises:
+            MemoryError: It would take more than SHARE_OF_MEMORY of what is free.
+        """
+        dtype = FINER.get(self._dtype)
+        if dtype is None:
+            return None
+        changes = [self._counterparts.changes(position) for position in positions]
+        whole = [each for found in changes for each in found.values() if isinstance(each, Tensor)]
+        numbers = sum(each.numel() for each in (*self._model.state_dict().values(), *whole))
+        needed_bytes, free_bytes = 2 * dtype.itemsize * numbers, self.free_bytes
+        if needed_bytes > SHARE_OF_MEMORY * free_bytes:
+            raise MemoryError(f"it takes {needed_bytes / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} are free")
+        return LossEngine(copy.deepcopy(self._model).to(dtype), self._task, changes)
 
     def _try_channels_last(self, tensors: Mapping[str, Tensor]) -> None:
         """Lay kernels out with channels last, for good if the model's losses stay what they were.
