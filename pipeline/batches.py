@@ -99,6 +99,10 @@ class Inputs(Protocol):
         """Losses of items [..., S] as losses of examples [..., N]."""
         ...
 
+    def items_of(self, examples: np.ndarray) -> np.ndarray:
+        """Items of some examples, ascending."""
+        ...
+
     def rows(self, items: np.ndarray) -> Mapping[str, np.ndarray]:
         """Some of them as one batch, in this order."""
         ...
@@ -136,6 +140,10 @@ class Arrays:
     def of_examples(self, losses_S: np.ndarray) -> np.ndarray:
         """See Inputs: they are the examples."""
         return losses_S
+
+    def items_of(self, examples: np.ndarray) -> np.ndarray:
+        """See Inputs."""
+        return examples
 
     def rows(self, items: np.ndarray) -> Mapping[str, np.ndarray]:
         """See Inputs."""
@@ -204,6 +212,10 @@ class Sequences:
         if not self.per_token:
             return np.add.reduceat(losses_S, self._first_N, axis=-1)
         return np.add.reduceat(losses_S * self.tokens_S, self._first_N, axis=-1) / self.num_tokens_N
+
+    def items_of(self, examples: np.ndarray) -> np.ndarray:
+        """See Inputs."""
+        return np.flatnonzero(np.isin(self.example_S, examples))
 
     def rows(self, items: np.ndarray) -> Mapping[str, np.ndarray]:
         """See Inputs."""

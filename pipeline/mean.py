@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from . import noise
 from .artifacts import Run
 from .corpus import Examples
 from .ensemble import Ensemble
@@ -60,8 +61,10 @@ class MeanScorer:
         scores = [self._scores(work, query_id, receipts, rejects) for query_id in work.query_ids]
         compute_s = time.time() - started_at_s
         counts = {"rows": work.shard.rows - len(rejects), "rejects": len(rejects), "overlong": receipts[0].overlong}
+        shares = {query_id: self._share_M[query_id] for query_id in work.query_ids}
+        found = noise.mean_of([receipt.noise for receipt in receipts], shares)
         files = self._writer.write(work, scores, rejects)
-        return self._writer.commit(work, started_at_s, compute_s, counts, files)
+        return self._writer.commit(work, started_at_s, compute_s, {**counts, "noise": found}, files)
 
     def quarantine(self, work: Work, reason: str) -> Receipt:
         """See ShardWriter."""

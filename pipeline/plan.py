@@ -22,7 +22,7 @@ SCORE_ROW_BYTES = 30
 
 SCORES_DEPEND_ON = ("model", "task", "corpus", "queries", "producer", "score", "seed", "ensemble")
 """Sections that make two runs different runs. `ensemble` only where there is one: without, a run is what it was before."""
-_FREE = {"corpus": ("payload", "check_ids"), "score": ("max_reject_fraction", "base_losses")}
+_FREE = {"corpus": ("payload", "check_ids"), "score": ("max_reject_fraction", "base_losses", "noise_rows")}
 """Fields in them that may change between two starts of one run: they move no score."""
 
 

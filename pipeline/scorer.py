@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from . import noise
 from .artifacts import Run
 from .base_losses import BaseLosses, ShardLosses
 from .batches import Batch
 from .calibration import Calibration, calibrate
 from .corpus import Corpus, Examples
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, InputError, first_line
 from .extensions import load_model, load_task, prepared
 from .importing import user_code
-from .observe import say
+from .observe import say, say_seldom
 from .shards import ShardWriter, score_table
-from .works import Receipt, Work
+from .works import Noise, Receipt, Work
 
 if TYPE_CHECKING:
     from .batches import Inputs
-    from .engine import Losses
+    from .engine import LossEngine, Losses
 
 TRIED_SHARDS = 8
 """Shards from the first on that are tried for a batch to calibrate with."""
@@ -95,6 +96,8 @@ class ShardScorer:
             computing_s = time.monotonic()
             base_S = self._trusted(work, inputs, kept_S)
             losses = self._losses(work, inputs, base_S)
+            with np.errstate(invalid="ignore"):  # of losses that are not finite, which are no noise
+                found = self._noise(work, inputs, losses)
             compute_s = time.monotonic() - computing_s
         if place is not None and base_S is None:
             place.write(losses.base_N)
@@ -105,7 +108,12 @@ class ShardScorer:
         examples, losses = _only_finite(examples, losses, work.query_ids)
         scores = (self._scores(work, examples, losses, q) for q in range(len(work.query_ids)))
         files = self._writer.write(work, scores, examples.rejects)
-        counts = {"rows": len(examples.row_N), "rejects": len(examples.rejects), "overlong": inputs.overlong}
+        counts: dict[str, Any] = {
+            "rows": len(examples.row_N),
+            "rejects": len(examples.rejects),
+            "overlong": inputs.overlong,
+        }
+        counts["noise"] = found
         counts["base_kept"] = 0 if base_S is None else counts["rows"]
         return self._writer.commit(work, started_at_s, compute_s, counts, files)
 
@@ -129,9 +137,38 @@ class ShardScorer:
         """Losses of items."""
         positions = [self._query_ids.index(query_id) for query_id in work.query_ids]
         with self._about(work):
-            if self._way == "difference":
-                return self._engine.losses(self._batches(inputs), positions, base_S)
-            return self._engine.derivatives(self._batches(inputs), positions, self._way)
+            return self._through(self._engine, self._batches(inputs), positions, base_S)
+
+    def _through(
+        self, engine: LossEngine, batches: Iterable[Batch], positions: Sequence[int], base_S: np.ndarray | None = None
+    ) -> Losses:
+        if self._way == "difference":
+            return engine.losses(batches, positions, base_S)
+        return engine.derivatives(batches, positions, self._way)
+
+    def _noise(self, work: Work, inputs: Inputs, losses: Losses) -> dict[str, Noise]:
+        """How far some examples' scores are from those in a finer precision; nothing, and said, where that is not to be had."""
+        at_most = self._run.spec.score.noise_rows
+        if not (at_most and inputs.items and noise.is_measured(work.shard.shard_id)):
+            return {}
+        coarse_QN = inputs.of_examples(losses.difference_QN)
+        example_M = noise.measured_examples(coarse_QN.shape[1], at_most)
+        item_M = inputs.items_of(example_M)
+        query_ids = [work.query_ids[q] for q in noise.spread(len(work.query_ids), noise.MOST_QUERIES)]
+        try:
+            finer = self._engine.finer([self._query_ids.index(query_id) for query_id in query_ids])
+            if finer is None:
+                return {}
+            batches = noise.batches_of(inputs, self._batches(inputs), item_M)
+            found = self._through(finer, batches, range(len(query_ids)))
+        except Exception as error:  # noqa: BLE001 - whatever a model or task says that knows one precision only
+            say_seldom("noise", f"rounding noise is not measured (score.noise_rows): {first_line(error)}")
+            return {}
+        fine_QS = np.full((len(query_ids), inputs.items), np.nan)
+        fine_QS[:, item_M] = found.difference_QN
+        rows = [work.query_ids.index(query_id) for query_id in query_ids]
+        error_QM = inputs.of_examples(fine_QS)[:, example_M] - coarse_QN[rows][:, example_M]
+        return noise.noise_of(query_ids, error_QM)
 
     def calibrate(self) -> Calibration | None:
         """Which way of scoring suits model and counterparts, by the first batch of the corpus; null if it has none to read.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -75,7 +76,7 @@ class ShardWriter:
         work: Work,
         started_at_s: float,
         compute_s: float,
-        counts: dict[str, int],
+        counts: dict[str, Any],
         files: dict[str, Written],
         quarantined: str | None = None,
     ) -> Receipt:
@@ -85,7 +86,7 @@ class ShardWriter:
             work: The shard.
             started_at_s: Unix time when reading began.
             compute_s: Seconds of computing.
-            counts: The receipt's rows, rejects, overlong, base_kept.
+            counts: The receipt's rows, rejects, overlong, base_kept, noise.
             files: What was written.
             quarantined: Why the whole shard is quarantined; else null.
         """

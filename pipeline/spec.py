@@ -95,6 +95,10 @@ class ScoreSection(Section):
     base_losses: Uri | None = None
     """Folder, outside of any run's, in which losses under the base model are kept: every run of the same model, task, batches
     and shards that names it reads there what one before it wrote, and leaves that forward pass out. Null: not kept."""
+    noise_rows: Annotated[int, Field(ge=0)] = 16
+    """Rows of a shard that are scored once more in a finer precision than the model's, to know the noise that rounding leaves in
+    scores: of shards 0, 1, 4, 16, ..., an eighth of each, 8 rows to this many. Takes memory for a finer copy of the model, and is
+    left out, aloud, where that is not there. 0: not measured."""
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the corpus that may end in rejects/ before the run stops. 0: the first bad row stops it, and the same
     command with a higher value goes on from there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,13 @@ class Written(TypedDict):
 
     bytes: int
     sha256: str
+
+
+class Noise(TypedDict):
+    """How far a query's scores were from those in a finer precision: of so many examples, the sum of squares."""
+
+    examples: int
+    squares: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Receipt:
         overlong: Examples that were longer than a sequence may be: cut, or split.
         quarantined: Why the whole shard was quarantined, so that all its rows are in rejects/; else null.
         base_kept: Rows scored with base losses that were kept (score.base_losses), not computed.
+        noise: Query id -> rounding noise, in shards that it is measured in (score.noise_rows).
     """
 
     addition: int
@@ -61,6 +69,7 @@ class Receipt:
     overlong: int = 0
     quarantined: str | None = None
     base_kept: int = 0
+    noise: dict[str, Noise] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
