@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import storage
+from pipeline import noise, storage
 from pipeline.artifacts import Run
 from pipeline.audit import Audit
 from pipeline.ensemble import FOLDER, member_name, members_of, number_of_members
@@ -54,6 +54,8 @@ def show_run(run: Run, query: str | None = None, top: int = SHOWN) -> None:
         table.add_section()
     out = console()
     out.print(table)
+    for line in noise.lines(run, meta, query):
+        out.print(line, soft_wrap=True)
     _places(run, out)
 
 
@@ -142,7 +144,7 @@ def show_status(run: Run) -> None:
         rejected, quarantined = rejected + receipt.rejects, quarantined + (receipt.quarantined is not None)
         scored, kept = scored + (receipt.rows if run.is_first(receipt) else 0), kept + receipt.base_kept
         busy.add(receipt.started_at_s, receipt.finished_at_s)
-    ranked = storage.exists(run.uri("topk", "meta.json"))
+    ranking = run.ranking() if storage.exists(run.uri("topk", "meta.json")) else None
     sealed = run.is_sealed()
     table = Table(title=run.uri(), title_justify="left")
     for name in ("stage", "state", "figures"):
@@ -159,8 +161,10 @@ def show_status(run: Run) -> None:
     if commits:
         figures += f", {passed / max(busy.seconds, 1e-9):,.0f} examples/s while shards were worked on"
     table.add_row("score", _state(commits, run.number_of_works), figures)
-    table.add_row("rank", "done" if ranked else "not yet", "sealed: every row is scored or rejected" if sealed else "")
+    table.add_row("rank", "done" if ranking else "not yet", "sealed: every row is scored or rejected" if sealed else "")
     console().print(table)
+    for line in noise.lines(run, ranking or {})[:1]:
+        console().print(line, soft_wrap=True)
 
 
 def _member_status(run: Run, place: int) -> tuple[str, str, str]:

@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 
-from . import topk
+from . import noise, topk
 from .artifacts import Run
 from .corpus import Corpus, concat_rows, payload_names
 from .folder import parallel, partition
@@ -39,11 +39,12 @@ def rank(run: Run) -> pa.Table:
         InputError: Too many rows were rejected, or the corpus changed, so that payload cannot be fetched.
     """
     section = run.spec.rank
-    merging = _Merging(run)
+    merging, floor = _Merging(run), noise.Floor()
     scored = rejects = 0
     for receipts in _some_at_once(run, run.complete_receipts()):
         scored += sum(receipt.rows for receipt in receipts if run.is_first(receipt))
         rejects += sum(receipt.rejects for receipt in receipts)
+        floor.add(receipts)
         merging.add([receipt for receipt in receipts if receipt.quarantined is None])
     run.require_few_rejects(rejects)
     if section.k > scored:
@@ -59,6 +60,7 @@ def rank(run: Run) -> pa.Table:
         "payload": payload,
         "examples": scored,
         "rejects": rejects,
+        "noise": floor.judged(ranked, scored),
         "fingerprint": run.resolved.fingerprint,
         "tables": written,
     }

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL.Image import Image
 
+from . import noise
 from .artifacts import Run
 from .decode import decode_value
 from .ensemble import number_of_members
@@ -37,6 +38,7 @@ th,td{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #f0f1f3;verti
 th{color:#6b7280;font-weight:500}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 img{image-rendering:pixelated;vertical-align:middle}img.sheet{max-width:100%;border:1px solid #e5e7eb;image-rendering:auto}
 h3.proponent{color:#15803d}h3.opponent{color:#b91c1c}code{background:#f6f7f8;padding:.1rem .3rem;border-radius:3px}
+p.warning{color:#b45309}
 """
 
 
@@ -121,6 +123,8 @@ def _page(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column | None
         "Losses are in nats; the score is the change of an example's loss between the base model and the query's "
         "counterpart, signed so that higher means more helpful.</p>",
     ]
+    if said := noise.lines(run, meta):
+        parts.append(f"<p{' class=warning' * (len(said) > 1)}>{'<br>'.join(map(escape, said))}</p>")
     if image is not None:
         parts.append("<p><img class=sheet src=contact_sheet.png alt='contact sheet of all queries'></p>")
     shown = run.query_ids[:PAGE_QUERIES]
