@@ -58,9 +58,12 @@ format: install ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix-only .
 
-bench: install $(SMOLLM2) ## Throughput against bare loops, of images and of texts; the fixed cost of a run: build/bench/bench.json
+bench: install $(SMOLLM2) build/peers/.installed ## Throughput against bare loops and gradient peers, the fixed cost of a run; 40 minutes: build/bench/*.json
 	$(BIN)/python -m tests.bench.bench
 	$(BIN)/python -m tests.bench.language
+	$(BIN)/python -m tests.bench.speed --stage
+	$(BIN)/python -m tests.bench.speed --many
+	$(BIN)/python -m tests.bench.speed --peers --threads 1
 
 bench-facts: install $(SMOLLM2) ## Who finds the sentences that taught a fact, by MRR and recall; an hour: build/bench/facts.json
 	$(BIN)/python -m jobs.facts $(FACTS) --model $(dir $(SMOLLM2))

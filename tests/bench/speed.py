@@ -55,19 +55,19 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
 
 
-def stage(world: World) -> list[Row]:
+def stage(world: World, rounds: int = ROUNDS) -> list[Row]:
     """Stage score against bare two-pass loops, one for each query."""
     rows = []
     for tuned, queries in BARS:
         run = world.run(queries, world.quarter if tuned == "quarter" else 0)
-        ours, bare = by_turns(Stage(run), world.two_passes)
+        ours, bare = by_turns(Stage(run), world.two_passes, rounds=rounds)
         what = "all parameters tuned" if tuned == "all" else f"the last {world.quarter} blocks tuned"
         bar = (
             QUARTER_OF_TEXTS if "SmolLM2" in world.name and (tuned, queries) == ("quarter", 1) else BARS[tuned, queries]
         )
         conditions = (
             f"{world.rows:,} rows, Parquet in and out: {statistics.median(ours):.2f} s; bare two passes "
-            f"{statistics.median(bare):.2f} s; medians of {ROUNDS} by turns; {machine()}"
+            f"{statistics.median(bare):.2f} s; medians of {rounds} by turns; {machine()}"
         )
         loops = "a bare two-pass loop" if queries == 1 else f"{queries} bare two-pass loops"
         rows.append(
@@ -262,9 +262,9 @@ def main() -> None:
     every = given.stage is None and given.peers is None and not given.many
     torch.set_num_threads(given.threads)
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for name in WORLDS if every else given.stage or ():
+    for name in WORLDS if every or given.stage == [] else given.stage or ():
         publish("speed", stage(WORLDS[name](FOLDER)))
-    for name in MATCHES if every else given.peers or ():
+    for name in MATCHES if every or given.peers == [] else given.peers or ():
         publish("speed", beside_peers(MATCHES[name]))
     if every or given.many:
         publish("speed", many_queries())

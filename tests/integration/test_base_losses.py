@@ -17,6 +17,7 @@ from pipeline.plan import identity
 from tests.conftest import exit_code, run_without_ray
 from tests.small import CLASSES, Small, linear, one_thread, products, work_off
 
+pytestmark = pytest.mark.slow  # every one runs twice
 ROWS, REJECTED, QUERIES = 13, 1, 2
 SHARDS = 4
 FACTOR = 1.0

@@ -413,7 +413,7 @@ def test_a_counterpart_holds_only_what_changed_and_says_how_it_was_made(make_spe
     assert meta["query_loss_after_nats"] > meta["query_loss_before_nats"]
 
 
-@pytest.mark.parametrize("name", ["unlearn", "natural"])
+@pytest.mark.parametrize("name", ["unlearn", pytest.param("natural", marks=pytest.mark.slow)])
 def test_meta_says_which_blocks_were_tuned(make_spec, tmp_path, name):
     """How many there are and of what kind, and how many of the model's parameters; nothing where all of it is tuned."""
     whole, last = (
