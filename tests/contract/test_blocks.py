@@ -172,7 +172,7 @@ def test_an_encoders_blocks_come_before_a_decoders():
 
 
 @pytest.mark.parametrize("word", ["unlearn", "finetune", "gauss_newton", "ekfac", "gfim", "diagonal"])
-@pytest.mark.parametrize("factory", [digits.cnn, ResNet])
+@pytest.mark.parametrize("factory", [digits.cnn, pytest.param(ResNet, marks=pytest.mark.slow)])
 def test_every_producer_moves_the_chosen_alone(word, factory):
     """Of the counterpart's tensors the others are the base's, buffers too; its details say which moved."""
     base = made(factory)

@@ -18,6 +18,7 @@ from tests.conftest import read_scores, run_without_ray
 from tests.language import gpt, saved, sentences
 from tests.small import Small, linear, one_thread, work_off
 
+pytestmark = pytest.mark.slow  # whole runs of language models
 TEXTS = sentences(24)
 STEP = "producer={optimizer: adam, normalize: false, max_loss_change: 0, lora_rank: 4, steps: 1, lr: 1.0e-5}"
 
