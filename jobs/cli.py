@@ -51,19 +51,38 @@ def run(spec: SpecArgument, set_: SetOption = None) -> None:
 
 
 @app.command()
-def plan(spec: SpecArgument, set_: SetOption = None) -> None:
+def plan(
+    spec: SpecArgument,
+    set_: SetOption = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Also predict seconds and cost: loads the model on this machine, tunes up to three queries, scores some "
+            "batches, and leaves the figures in the run's folder (forecast.json), for `status` to compare with.",
+        ),
+    ] = False,
+) -> None:
     """Say what `run` would do: shards, queries, sizes, objects, resources, forward passes. Touches nothing."""
     from pipeline.freeze import survey
     from pipeline.specfile import load_spec
 
     from . import display
 
-    display.show_plan(*survey(load_spec(spec, set_ or ())))
+    run, planned = survey(load_spec(spec, set_ or ()))
+    predicted = None
+    if calibrate:
+        from pipeline.forecast import keep
+        from pipeline.rehearsal import rehearse
+
+        predicted = rehearse(run, planned)
+        keep(run, predicted)
+    display.show_plan(run, planned, predicted)
 
 
 @app.command()
 def status(run_uri: RunArgument) -> None:
-    """Say how far a run is: stages, shards, rows, rejects, examples per second."""
+    """Say how far a run is: stages, shards, rows, rejects, examples per second; what is left, or was predicted."""
     from pipeline.frozen import open_run
 
     from . import display

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import noise, storage
+from pipeline import forecast, noise, storage
 from pipeline.artifacts import Run
 from pipeline.audit import Audit
 from pipeline.ensemble import FOLDER, member_name, members_of, number_of_members
@@ -99,8 +99,8 @@ def duckdb_line(run: Run) -> str:
     return f'{sys.executable} -c "import duckdb; {opened}print(duckdb.sql(\\"{sql}\\"))"'
 
 
-def show_plan(run: Run, plan: Plan) -> None:
-    """What a run would do."""
+def show_plan(run: Run, plan: Plan, predicted: forecast.Forecast | None = None) -> None:
+    """What a run would do, and how long that takes if it was measured."""
     spec, tune, score = run.spec, run.spec.resources.tune, run.spec.resources.score
     done = len(run.committed()) if storage.exists(run.uri("run.yaml")) else 0
     actors = f"{score.actors} actors" if score.actors else "as many actors as fit"
@@ -122,6 +122,7 @@ def show_plan(run: Run, plan: Plan) -> None:
         "tune": f"{min(tune.workers, plan.queries)} workers x {tune.cpus:g} CPU, {tune.gpus:g} GPU",
         "score": f"{actors} x {score.cpus:g} CPU, {score.gpus:g} GPU",
         "rank": f"{spec.rank.k} per side and query, {spec.rank.transform} score",
+        **(forecast.lines(predicted) if predicted else {}),
         "fingerprint": run.resolved.fingerprint,
     }
     for name, value in rows.items():
@@ -137,13 +138,13 @@ def _members_planned(plan: Plan) -> str:
 
 def show_status(run: Run) -> None:
     """How far a run is. Raises ArtifactError for commits of another run."""
-    queries, busy = len(run.committed_queries()), _Busy()
+    queries, predicted, spans = len(run.committed_queries()), forecast.kept(run), []
     commits = scored = rejected = passed = quarantined = kept = 0
-    for receipt in sorted(run.receipts(), key=lambda one: one.started_at_s):
+    for receipt in run.receipts():
         commits, passed = commits + 1, passed + receipt.rows
         rejected, quarantined = rejected + receipt.rejects, quarantined + (receipt.quarantined is not None)
         scored, kept = scored + (receipt.rows if run.is_first(receipt) else 0), kept + receipt.base_kept
-        busy.add(receipt.started_at_s, receipt.finished_at_s)
+        spans.append(forecast.span_of(receipt))
     ranking = run.ranking() if storage.exists(run.uri("topk", "meta.json")) else None
     sealed = run.is_sealed()
     table = Table(title=run.uri(), title_justify="left")
@@ -152,14 +153,16 @@ def show_status(run: Run) -> None:
     table.add_row("freeze", "done", f"{run.rows:,} rows in {len(run.shards):,} shards, {len(run.query_ids):,} queries")
     for place in range(number_of_members(run)):
         table.add_row(*_member_status(run, place))
-    table.add_row("tune", _state(queries, len(run.query_ids)), f"{queries:,} of {len(run.query_ids):,} counterparts")
+    made = f"{queries:,} of {len(run.query_ids):,} counterparts"
+    table.add_row("tune", _state(queries, len(run.query_ids)), _lines(made, forecast.tuning(run, predicted)))
     figures = f"{commits:,} of {run.number_of_works:,} shards, {scored:,} rows scored, {rejected:,} rejected"
     if quarantined:
         figures += f", {quarantined:,} shards quarantined"
     if kept:
         figures += f", {kept:,} rows with base losses that were kept"
     if commits:
-        figures += f", {passed / max(busy.seconds, 1e-9):,.0f} examples/s while shards were worked on"
+        figures += f", {passed / max(forecast.busy_s(spans), 1e-9):,.0f} examples/s while shards were worked on"
+    figures = _lines(figures, forecast.scoring(run, predicted, spans))
     table.add_row("score", _state(commits, run.number_of_works), figures)
     table.add_row("rank", "done" if ranking else "not yet", "sealed: every row is scored or rejected" if sealed else "")
     console().print(table)
@@ -227,16 +230,8 @@ def show_published(tables: Sequence[Published]) -> None:
     console().print(table)
 
 
-class _Busy:
-    """Seconds in which at least one shard was worked on: a pause between two starts does not count."""
-
-    def __init__(self) -> None:
-        self.seconds, self._until_s = 0.0, 0.0
-
-    def add(self, started_at_s: float, finished_at_s: float) -> None:
-        """One more shard; in order of their starts."""
-        self.seconds += max(0.0, finished_at_s - max(started_at_s, self._until_s))
-        self._until_s = max(self._until_s, finished_at_s)
+def _lines(*texts: str) -> str:
+    return "\n".join(text for text in texts if text)
 
 
 def _state(done: int, total: int) -> str:

@@ -66,6 +66,18 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def spoken(seconds: float, of: str = "") -> str:
+    """Seconds to two or three digits: `0.42 s`, `12 s`, `3 min 20 s`, `2 h 5 min`; of something: `2.5 CPU-minutes`."""
+    if of:
+        size, name = (3600, "hours") if seconds >= 7200 else (60, "minutes") if seconds >= 120 else (1, "seconds")
+        return f"{seconds / size:,.{0 if seconds / size >= 10 else 1}f} {of}-{name}"
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    size, large, small = (3600, "h", "min") if round(seconds) >= 3600 else (60, "min", "s")
+    whole, rest = divmod(round(seconds * 60 / size), 60)
+    return f"{whole:,} {large} {rest} {small}" if whole else f"{rest} {small}"
+
+
 def rate(examples: float, seconds: float) -> str:
     """Examples per second, readable."""
     return f"{examples / seconds:,.0f} examples/s" if seconds > 0 and examples else ""

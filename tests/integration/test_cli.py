@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from jobs import stage
 from jobs.cli import app, guarded
 from pipeline.freeze import survey
 from pipeline.run import finish
+from pipeline.specfile import dump_spec
 from tests.conftest import exit_code, run_without_ray
 from tests.example_data import prepare
 
@@ -77,6 +79,46 @@ def test_status_counts_from_the_commits(finished):
     assert "sealed" in shown
     Path(finished.uri("commits", "shard-000000.json")).unlink()
     assert "2 of 3 shards, 86 rows scored" in invoke("status", finished.uri()).output
+
+
+def test_what_was_calibrated_is_compared_with_what_it_took(make_spec, tmp_path):
+    """`plan --calibrate` predicts from a rehearsal and begins nothing; `status` shows measured against predicted."""
+    spec, path = make_spec(), tmp_path / "spec.yaml"
+    path.write_text(dump_spec(spec))
+    planned = invoke("plan", str(path), "--calibrate")
+    assert 0 == planned.exit_code, planned.output
+    assert re.search(r"predicted score +\d\S* s on 2 actors x 1 CPU", planned.output)
+    assert re.search(r"CPU-\w+ per million examples", planned.output)
+    assert ["forecast.json"] == os.listdir(spec.run.uri)
+    run = run_without_ray(spec)
+    finish(run)
+    shown = invoke("status", run.uri()).output
+    assert 2 == len(re.findall(r"took \d\S* s, predicted \d\S* s on \d (?:workers|actors)", shown)), shown
+    other = run_without_ray(make_spec("producer.steps=2", name="other"))
+    shutil.copy(run.uri("forecast.json"), other.uri())
+    assert "predicted" not in invoke("status", other.uri()).output
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "said"),
+    [
+        ("resources.tune.shard=true", 2, "workers share a model that this process may not hold"),
+        ("corpus.uri=short.parquet", 3, "the first 8 shards have no row that can be scored"),
+        ("producer.lr=1e30", 5, "query 'copy-of-3': the query's loss is nan"),
+    ],
+)
+def test_a_rehearsal_says_what_it_cannot_do(make_spec, tmp_path, monkeypatch, capsys, override, code, said):
+    """Each with its exit code, and the run's folder as it was: without one."""
+    spec, path, short = make_spec(), tmp_path / "spec.yaml", tmp_path / "short.parquet"
+    pq.write_table(
+        pa.table({"id": ["a", "b"], "pixels": [[0.0] * 63] * 2, "label": [1, 2], "author": ["x"] * 2}), short
+    )
+    monkeypatch.chdir(tmp_path)
+    path.write_text(dump_spec(spec))
+    assert code == exit_code(monkeypatch, "plan", str(path), "--calibrate", "--set", override)
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
+    assert not Path(spec.run.uri).exists()
 
 
 def test_rank_lists_again_without_scoring(finished):

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from pipeline import observe
-from pipeline.observe import Progress, duration, every, rate, say
+from pipeline.observe import Progress, duration, every, rate, say, spoken
 
 
 def fail(_):
@@ -19,6 +19,32 @@ def fail(_):
 def test_durations_read_as_clocks(seconds, expected):
     """m:ss below an hour, h:mm:ss above, rounded before they are cut up."""
     assert expected == duration(seconds)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.042, "0.042 s"),
+        (9.96, "10 s"),
+        (12.4, "12 s"),
+        (59.7, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 0 min"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_predictions_are_spoken_to_two_or_three_digits(seconds, expected):
+    """No more digits than a prediction has; rounded before they are cut up."""
+    assert expected == spoken(seconds)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(4, "4.0 GPU-seconds"), (119, "119 GPU-seconds"), (150, "2.5 GPU-minutes"), (7200, "2.0 GPU-hours")],
+)
+def test_costs_are_spoken_in_what_is_paid_for(seconds, expected):
+    """Seconds, minutes or hours of a CPU or GPU."""
+    assert expected == spoken(seconds, "GPU")
 
 
 @pytest.mark.parametrize(
