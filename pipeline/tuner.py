@@ -94,7 +94,10 @@ class Tuner:
         seed = query_seed(self._run.spec.seed, query_id)
         with self._about(query_id), torch.random.fork_rng():
             torch.manual_seed(seed)
-            produced = self._produce(query, seed)
+            try:
+                produced = self._produce(query, seed)
+            except PipelineError as error:
+                raise type(error)(f"query {query_id!r}: {error.message}", error.hint) from error
         if produced is not None:
             self._commit(query_id, query, seed, produced, time.monotonic() - started_s)
 
