@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import safetensors.torch
 import torch
@@ -89,9 +91,27 @@ def to_bytes(changes: Mapping[str, Change]) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def from_bytes(data: bytes) -> dict[str, Change]:
-    """What `to_bytes` wrote."""
-    tensors = safetensors.torch.load(data)
+def from_bytes(data: bytes, folder: Path | None = None) -> dict[str, Change]:
+    """What `to_bytes` wrote.
+
+    Args:
+        data: All of it.
+        folder: Where it waits in a file that goes away with this process; it takes memory while it is used. Null: in memory.
+
+    Raises:
+        OSError: There is no room in the folder.
+    """
+    if folder is None:
+        return _changes(safetensors.torch.load(data))
+    with NamedTemporaryFile(dir=folder, prefix=".waiting-") as file:
+        file.write(data)
+        file.flush()
+        return _changes(
+            safetensors.torch.load_file(file.name)
+        )  # mapped: the file has no name from here on, but is there
+
+
+def _changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
     changes: dict[str, Change] = {}
     for name, tensor in tensors.items():
         if name.endswith(_LEFT):

@@ -3,6 +3,8 @@
 A counterpart is the tensors in which it differs from the base. The one module is pointed at them and back again (a
 pointer per tensor), so memory is the base plus the differences and any `nn.Module` works as it is. Of a tensor that
 differs by a low-rank product only the factors are held; it is made of them when its counterpart's turn comes.
+
+Counterparts for which there is no room beside the base wait where they were given, and are held group by group.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from .changes import Change, LowRank
 from .layer_rules import slots_of
 from .numerics import to_loss_dtype
 
-_Swap = tuple[Tensor, Tensor, Change]
-"""Slot of the model, what it holds in the base, and what becomes of that."""
+_Swaps = list[tuple[Tensor, Change]]
+"""Slots of the model, and what becomes of what they hold in the base."""
 
 
 class Counterparts:
@@ -26,22 +28,30 @@ class Counterparts:
 
     Args:
         model: Base model, on its device; parameters and buffers may be changed only through this.
-        changes: Per counterpart, parameter or buffer name -> the tensor that differs, or what is added to the base's. They are
-            moved to the base tensor's device, tensors to its dtype.
+        changes: Per counterpart, parameter or buffer name -> the tensor that differs, or what is added to the base's. When they
+            are held they are moved to the base tensor's device, tensors to its dtype.
+        room_bytes: Memory for counterparts on that device; one is held even if it takes more. Null: for all.
 
     Raises:
         KeyError: A counterpart names a tensor that the model does not have.
         ValueError: A tensor has another shape than the model's.
     """
 
-    def __init__(self, model: nn.Module, changes: Sequence[Mapping[str, Change]]) -> None:
+    def __init__(
+        self, model: nn.Module, changes: Sequence[Mapping[str, Change]], room_bytes: int | None = None
+    ) -> None:
         self.model, self._slots = model, slots_of(model)
-        self._swaps = [self._aligned(each) for each in changes]
+        self._bases = {id(slot): slot.data for slot in self._slots.values()}
         self._names = {id(slot): name for name, slot in self._slots.items()}
-        self._made = self._room_for_products()
+        self._order: torch.memory_format | None = None
+        self._waiting = [self._by_slot(each) for each in changes]
+        self._held: dict[int, _Swaps] = {}
+        fits = room_bytes is None or self.steps_bytes <= room_bytes
+        self._room_bytes = None if fits else room_bytes
+        self._keep()
 
     def __len__(self) -> int:
-        return len(self._swaps)
+        return len(self._waiting)
 
     @property
     def device(self) -> torch.device:
@@ -57,82 +67,111 @@ class Counterparts:
     @property
     def changed(self) -> list[Tensor]:
         """Slots that any counterpart has otherwise."""
-        return list({id(slot): slot for swaps in self._swaps for slot, *_ in swaps}.values())
+        return list({id(slot): slot for swaps in self._waiting for slot, _ in swaps}.values())
 
     @property
     def steps_bytes(self) -> int:
         """Memory of all counterparts' steps, as tensors of the model's precision or products."""
-        swaps = [swap for found in self._swaps for swap in found]
-        return sum(
-            base.element_size()
-            * (each.left.numel() + each.right.numel() if isinstance(each, LowRank) else base.numel())
-            for _, base, each in swaps
-        )
+        return sum(map(self._bytes, range(len(self))))
+
+    def groups(self, positions: Sequence[int]) -> list[list[int]]:
+        """Counterparts in the order given, so many together as there is room for; of none, one group of none."""
+        groups, taken_bytes = [list[int]()], 0
+        for position in positions:
+            needed_bytes = self._bytes(position)
+            if groups[-1] and self._room_bytes is not None and taken_bytes + needed_bytes > self._room_bytes:
+                groups, taken_bytes = [*groups, []], 0
+            groups[-1].append(position)
+            taken_bytes += needed_bytes
+        return groups
 
     def changes(self, position: int) -> dict[str, Change]:
         """What a counterpart was given as; of tied tensors under one name."""
-        return {self._names[id(slot)]: change for slot, _, change in self._swaps[position]}
+        return {self._names[id(slot)]: change for slot, change in self._waiting[position]}
 
     def step(self, position: int) -> dict[str, Change]:
         """What a counterpart adds to the base."""
         return {
             self._names[id(slot)]: change
             if isinstance(change, LowRank)
-            else to_loss_dtype(change) - to_loss_dtype(base)
-            for slot, base, change in self._swaps[position]
+            else to_loss_dtype(change) - to_loss_dtype(self._bases[id(slot)])
+            for slot, change in self._swaps(position)
         }
+
+    @contextmanager
+    def held(self, group: Sequence[int]) -> Iterator[None]:
+        """On the device for the time of the block; none other is that had to wait."""
+        self._held = {position: self._placed(self._waiting[position]) for position in group}
+        try:
+            yield
+        finally:
+            self._held = {}
 
     @contextmanager
     def in_place(self, position: int | None) -> Iterator[nn.Module]:
         """The model with one counterpart's tensors in place, for the time of the block; null for the base as it is."""
-        swaps = self._swaps[position] if position is not None else []
+        swaps = self._swaps(position) if position is not None else []
         try:
-            for slot, base, change in swaps:
-                slot.data = self._changed(slot, base, change)
+            for slot, change in swaps:
+                slot.data = self._changed(slot, change)
             yield self.model
         finally:
-            for slot, base, _ in swaps:
-                slot.data = base
+            for slot, _ in swaps:
+                slot.data = self._bases[id(slot)]
 
     def lay_out(self, order: torch.memory_format) -> None:
         """Put the numbers of kernels over images into another order in memory, under the base and all counterparts."""
+        self._order = order
         with torch.inference_mode(False):  # the model is the caller's: it must still be able to learn
             for slot in self._slots.values():
-                slot.data = _in_order(slot.data, order)
-            self._swaps = [
-                [
-                    (slot, slot.data, change if isinstance(change, LowRank) else _in_order(change, order))
-                    for slot, _, change in swaps
-                ]
-                for swaps in self._swaps
-            ]
-            self._made = self._room_for_products()
+                slot.data = self._bases[id(slot)] = _in_order(slot.data, order)
+            self._keep()
+            self._held = {position: self._placed(swaps) for position, swaps in self._held.items()}
 
-    def _aligned(self, changes: Mapping[str, Change]) -> list[_Swap]:
+    def _keep(self) -> None:
+        """Hold them all, for good, if there is room; and have room for products."""
+        if self._room_bytes is None:
+            self._waiting = [self._placed(swaps) for swaps in self._waiting]
+        swaps = [swap for found in self._waiting for swap in found]
+        products = [slot for slot, change in swaps if isinstance(change, LowRank)]
+        self._made = {id(slot): torch.empty_like(self._bases[id(slot)]) for slot in products}
+
+    def _by_slot(self, changes: Mapping[str, Change]) -> _Swaps:
         """Of every tensor that differs; tied names share one slot."""
-        found: dict[int, _Swap] = {}
+        found: dict[int, tuple[Tensor, Change]] = {}
         for name, change in changes.items():
             slot = self._slots[name]
             if tuple(slot.shape) != tuple(change.shape):
                 raise ValueError(f"{name} is {list(change.shape)} in the counterpart, {list(slot.shape)} in the model")
-            if isinstance(change, LowRank):
-                found[id(slot)] = (slot, slot.data, change.to(slot))
-            else:
-                found[id(slot)] = (slot, slot.data, change.detach().to(slot.device, slot.dtype))
+            found[id(slot)] = (slot, change if isinstance(change, LowRank) else change.detach())
         return list(found.values())
 
-    def _room_for_products(self) -> dict[int, Tensor]:
-        """Where tensors are made that differ by a product, by slot."""
-        swaps = [swap for found in self._swaps for swap in found]
-        return {id(slot): torch.empty_like(base) for slot, base, change in swaps if isinstance(change, LowRank)}
+    def _bytes(self, position: int) -> int:
+        return sum(
+            slot.element_size()
+            * (each.left.numel() + each.right.numel() if isinstance(each, LowRank) else slot.numel())
+            for slot, each in self._waiting[position]
+        )
 
-    def _changed(self, slot: Tensor, base: Tensor, change: Change) -> Tensor:
+    def _swaps(self, position: int) -> _Swaps:
+        found = self._held.get(position)
+        return self._placed(self._waiting[position]) if found is None else found
+
+    def _placed(self, swaps: _Swaps) -> _Swaps:
+        """On the base's device, as the base lies there; what is so already is not copied."""
+        return [
+            (slot, change.to(slot) if isinstance(change, LowRank) else _in_order(change.to(slot), self._order))
+            for slot, change in swaps
+        ]
+
+    def _changed(self, slot: Tensor, change: Change) -> Tensor:
         """What a slot holds under a counterpart; a product is written where the one before it stood."""
         if isinstance(change, LowRank):
-            change.added_to(base, self._made[id(slot)])
+            change.added_to(self._bases[id(slot)], self._made[id(slot)])
             return self._made[id(slot)]
         return change
 
 
-def _in_order(tensor: Tensor, order: torch.memory_format) -> Tensor:
-    return tensor.to(memory_format=order) if tensor.ndim == 4 else tensor  # `contiguous` leaves one channel as it is
+def _in_order(tensor: Tensor, order: torch.memory_format | None) -> Tensor:
+    """`contiguous` leaves one channel as it is."""
+    return tensor if order is None or tensor.ndim != 4 else tensor.to(memory_format=order)

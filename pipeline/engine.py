@@ -14,19 +14,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
+from . import memory
 from .batches import Batch
 from .changes import Change
 from .counterparts import Counterparts
 from .derivatives import Derivative, Derivatives, forward_along
+from .losses import Losses
 from .observe import say
 from .trunk import Trunk
 
@@ -47,33 +47,6 @@ class LossFunction(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Losses of N examples, float32 or float64.
-
-    Args:
-        base_N: Under the base model.
-        counterpart_QN: Under each counterpart, in the order the engine was given them.
-        derivative_QN: What of the difference is known to more digits than losses have; null where losses were compared.
-    """
-
-    base_N: np.ndarray
-    counterpart_QN: np.ndarray
-    derivative_QN: np.ndarray | None = None
-
-    def mapped(self, each: Callable[[np.ndarray], np.ndarray]) -> Losses:
-        """With each array replaced by what is made of it."""
-        derivative_QN = None if self.derivative_QN is None else each(self.derivative_QN)
-        return Losses(each(self.base_N), each(self.counterpart_QN), derivative_QN)
-
-    @property
-    def difference_QN(self) -> np.ndarray:
-        """By how much each counterpart's loss is above the base's, float64."""
-        if self.derivative_QN is not None:
-            return self.derivative_QN.astype(np.float64)
-        return self.counterpart_QN.astype(np.float64) - self.base_N.astype(np.float64)
-
-
 class LossEngine:
     """Losses of one base model and Q counterparts.
 
@@ -82,14 +55,22 @@ class LossEngine:
         task: Says what the loss of one example is.
         counterparts: Per counterpart, parameter or buffer name -> the tensor that differs, or what is added to the base's. They
             are moved to the base tensor's device, tensors to its dtype.
+        room_bytes: Memory for counterparts on that device. Those beyond wait where they are, and all examples go through group by
+            group. Null: for all.
 
     Raises:
         KeyError: A counterpart names a tensor that the model does not have.
         ValueError: A tensor has another shape than the model's.
     """
 
-    def __init__(self, model: nn.Module, task: LossFunction, counterparts: Sequence[Mapping[str, Change]]) -> None:
-        self._counterparts, self._task = Counterparts(model, counterparts), task
+    def __init__(
+        self,
+        model: nn.Module,
+        task: LossFunction,
+        counterparts: Sequence[Mapping[str, Change]],
+        room_bytes: int | None = None,
+    ) -> None:
+        self._counterparts, self._task = Counterparts(model, counterparts, room_bytes), task
         self._model, self._device, self._dtype = model, self._counterparts.device, self._counterparts.dtype
         self._backward: dict[tuple[int, ...], Derivatives] = {}
         self._trunk: Trunk | None = Trunk(model, self._counterparts.changed)
@@ -109,11 +90,14 @@ class LossEngine:
         return self._counterparts.steps_bytes
 
     @property
+    def groups(self) -> list[list[int]]:
+        """Counterparts that are on the device together."""
+        return self._counterparts.groups(range(len(self._counterparts)))
+
+    @property
     def free_bytes(self) -> int:
         """Memory of the device that is free."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self._device)[0])
-        return int(psutil.virtual_memory().available)
+        return memory.free_bytes(self._device)
 
     def counterpart(self, position: int | None) -> AbstractContextManager[nn.Module]:
         """The model with one counterpart's tensors in place, for the time of the block; null for the base as it is."""
@@ -164,8 +148,10 @@ class LossEngine:
         Raises:
             ValueError: The task returned losses of another shape than [B], or in half precision.
         """
-        chosen = list(range(len(self._counterparts)) if positions is None else positions)
-        passes = [*chosen] if base_S is not None else [None, *chosen]
+        return self._by_groups(batches, positions, base_S, self._losses)
+
+    def _losses(self, batches: Iterable[Batch], group: Sequence[int], base_S: np.ndarray | None) -> Losses:
+        passes = [*group] if base_S is not None else [None, *group]
         items, losses_M = [np.empty(0, np.int64)], [[torch.empty(0)] for _ in passes]
         with torch.inference_mode(), self._trunk.installed() if self._trunk else nullcontext():
             for batch in batches:
@@ -191,8 +177,12 @@ class LossEngine:
         Raises:
             ValueError: The model does not bear it; what `losses` says may help. Or as `losses`.
         """
-        chosen = list(range(len(self._counterparts)) if positions is None else positions)
-        items, base_M, derivative_M = [np.empty(0, np.int64)], [torch.empty(0)], [torch.empty(0, len(chosen))]
+        return self._by_groups(batches, positions, None, partial(self._along, way=way))
+
+    def _along(
+        self, batches: Iterable[Batch], group: Sequence[int], base_S: np.ndarray | None, way: Derivative
+    ) -> Losses:
+        items, base_M, derivative_M = [np.empty(0, np.int64)], [torch.empty(0)], [torch.empty(0, len(group))]
         with torch.inference_mode(False):
             for batch in batches:
                 tensors, kept = self._tensors(batch), len(batch.item_B)
@@ -200,14 +190,32 @@ class LossEngine:
                     with torch.no_grad():
                         self._try_channels_last(tensors)
                 items.append(batch.item_B)
-                loss_B, derivative_BQ = self._derivatives(tensors, tuple(chosen), way)
+                loss_B, derivative_BQ = self._derivatives(tensors, tuple(group), way)
                 base_M.append(loss_B[:kept])
                 derivative_M.append(derivative_BQ[:kept])
         item_N = np.concatenate(items)
         base_N, derivative_NQ = _join(base_M), _join(derivative_M)
         base_N[item_N], derivative_NQ[item_N] = base_N.copy(), derivative_NQ.copy()
+        base_N = base_N if base_S is None else base_S
         derivative_QN = np.ascontiguousarray(derivative_NQ.T)
         return Losses(base_N, (base_N + derivative_QN).astype(base_N.dtype), derivative_QN)
+
+    def _by_groups(
+        self,
+        batches: Iterable[Batch],
+        positions: Sequence[int] | None,
+        base_S: np.ndarray | None,
+        losses_of: Callable[[Iterable[Batch], Sequence[int], np.ndarray | None], Losses],
+    ) -> Losses:
+        """All batches once for each group of counterparts that there is room for; base losses are those of the first."""
+        groups, found = self.groups if positions is None else self._counterparts.groups(positions), list[Losses]()
+        batches = batches if len(groups) == 1 else list(batches)
+        for group in groups:
+            with self._counterparts.held(group):
+                found.append(losses_of(batches, group, found[0].base_N if found else base_S))
+            if len(groups) > 1:
+                self._backward = {}  # with its steps
+        return Losses.of_all(found)
 
     def bend(self, batch: Batch, position: int) -> float:
         """By how much loss differences are off from derivatives for want of a straight line, relative to these.

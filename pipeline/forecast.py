@@ -39,6 +39,7 @@ class Timing:
         way_s: Way -> seconds for its rows through base and all counterparts, of ways that were tried.
         way: How scores are made.
         why: Why so, for people.
+        held: How counterparts lie in an actor's memory, for people.
     """
 
     tune_once_s: float
@@ -50,6 +51,7 @@ class Timing:
     way_s: Mapping[Way, float]
     way: Way
     why: str
+    held: str
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Forecast:
         work_s: Way -> seconds that one actor would need for the corpus, of ways that were tried, likewise.
         way: How scores are made.
         why: Why so, for people.
+        held: How counterparts lie in an actor's memory, for people.
         workers: Who is to do it.
     """
 
@@ -103,6 +106,7 @@ class Forecast:
     work_s: Mapping[Way, float]
     way: Way
     why: str
+    held: str
     workers: Workers
 
     @property
@@ -146,6 +150,7 @@ def forecast(fingerprint: str, plan: Plan, timing: Timing, workers: Workers) -> 
         work_s=work_s,
         way=timing.way,
         why=timing.why,
+        held=timing.held,
         workers=workers,
     )
 
@@ -174,6 +179,7 @@ def lines(found: Forecast) -> dict[str, str]:
         "predicted cost": f"{spoken(found.million_s, workers.score_unit)} per million examples under all queries; "
         f"{whole} for the run, tuning included",
         "way of scoring": f"{found.way}: {found.why}; one actor would need: {others}",
+        "counterparts": found.held,
         "not counted": "start of Ray and of workers, a far store's delays, actors in each other's way",
     }
 

@@ -26,6 +26,11 @@ CACHE = "MIRRORSCOPE_CACHE"
 """Environment variable: where copies go; else the machine's temporary folder."""
 
 
+def cache_folder() -> Path:
+    """Where copies go; it need not exist yet."""
+    return Path(os.environ.get(CACHE) or Path(tempfile.gettempdir()) / f"mirrorscope-{os.getuid()}")
+
+
 def _files(uri: str, patterns: Sequence[str]) -> list[str]:
     """Names of what is read of a folder. Raises InputError, StorageError."""
     found = [name for name in storage.names(uri) if any(fnmatch(name, pattern) for pattern in patterns)]
@@ -72,7 +77,7 @@ def local_copy(uri: str, patterns: Sequence[str] = MODEL_FILES) -> str:
         return place
     versions = [f"{name} {storage.stat(f'{place}/{name}')}" for name in names]
     digest = hashlib.sha256("\n".join([place, *versions]).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get(CACHE) or Path(tempfile.gettempdir()) / f"mirrorscope-{os.getuid()}")
+    cache = cache_folder()
     copy = cache / digest
     if copy.exists():
         return str(copy)

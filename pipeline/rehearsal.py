@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from . import noise
+from . import memory, noise
 from .artifacts import Run
 from .batches import Batch
 from .calibration import LOOKED_AT, MANY, Calibration, Way, calibrate
@@ -139,7 +139,7 @@ class _Trial:
         """What an actor takes for a shard."""
         run, section = self.run, self.run.spec.score
         work, (examples, inputs), read_s = self._shard()
-        engine, queries = self._engine(device), len(run.query_ids)
+        (engine, room_bytes), queries = self._engine(device), len(run.query_ids)
         batches = [
             replace(batch, item_B=np.arange(len(batch.item_B)))  # each goes through on its own
             for batch in inputs.batches(section.batch_rows, section.batch_tokens)
@@ -159,6 +159,7 @@ class _Trial:
             way_s=_each_way(way, compute_s, found),
             way=way,
             why=_why(given, found),
+            held=memory.told(engine.groups, engine.steps_bytes, room_bytes),
         )
 
     def _shard(self) -> tuple[Work, tuple[Examples, Inputs], float]:
@@ -188,19 +189,21 @@ class _Trial:
         """Around what a task does with a shard."""
         return user_code(f"task {self.run.spec.task.implementation} on {work.shard.path}")
 
-    def _engine(self, device: str) -> LossEngine:
-        """Base and counterparts: those that were tuned stand for all others, and lie in memory once."""
+    def _engine(self, device: str) -> tuple[LossEngine, int]:
+        """Base and counterparts, and the room for these: those that were tuned stand for all others, and lie in memory once."""
         import torch
 
         from .changes import from_bytes
         from .engine import LossEngine
 
-        run, there = self.run, torch.empty(0, device=device)
+        run, there, section = self.run, torch.empty(0, device=device), self.run.spec.resources.score
         model = load_model(run.spec.model, device, run.spec.seed)
+        room_bytes = memory.room_bytes(there.device, section.cpus, section.gpus, section.counterparts_gib)
         tuned = [from_bytes(run.counterpart_tensors(query_id)) for query_id in self._tuned]
         changes = [{name: change.to(there) for name, change in found.items()} for found in tuned]
         queries = len(run.query_ids)
-        return LossEngine(model, load_task(run.spec.task), [changes[q % len(changes)] for q in range(queries)])
+        counterparts = [changes[q % len(changes)] for q in range(queries)]
+        return LossEngine(model, load_task(run.spec.task), counterparts, room_bytes), room_bytes
 
     def _write_s(self, work: Work, examples: Examples) -> float:
         """Seconds for writing the scores of a shard under one query, to a local disk."""

@@ -26,7 +26,7 @@ from .ensemble import Ensemble
 from .errors import PipelineError, QuarantineError, UnavailableError
 from .frozen import open_run
 from .mean import MeanScorer
-from .observe import Progress, duration, every, say, unsent
+from .observe import Progress, duration, every, say, say_seldom, unsent
 from .scorer import ShardScorer
 from .works import Receipt, Work, work_name
 
@@ -157,7 +157,7 @@ def _score(run: Run, pending: Sequence[_Key], tally: _Tally) -> None:
             watchdog.feed()
             stalls.took(row["seconds"])
             for notice in filter(None, row["notices"].split("\n")):
-                say(notice)
+                say_seldom(notice, notice)  # actors are alike
             if row["error"]:
                 raise pickle.loads(row["error"])
             progress.advance(row["rows"])

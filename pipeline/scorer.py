@@ -19,7 +19,7 @@ from .base_losses import BaseLosses, ShardLosses
 from .batches import Batch
 from .calibration import Calibration, calibrate
 from .corpus import Corpus, Examples
-from .errors import ArtifactError, InputError, first_line
+from .errors import ArtifactError, InputError, StorageError, first_line
 from .extensions import load_model, load_task, prepared
 from .importing import user_code
 from .observe import say, say_seldom
@@ -28,7 +28,8 @@ from .works import Noise, Receipt, Work
 
 if TYPE_CHECKING:
     from .batches import Inputs
-    from .engine import LossEngine, Losses
+    from .engine import LossEngine
+    from .losses import Losses
 
 TRIED_SHARDS = 8
 """Shards from the first on that are tried for a batch to calibrate with."""
@@ -48,9 +49,6 @@ class ShardScorer:
     """
 
     def __init__(self, run: Run, device: str, query_ids: tuple[str, ...] | None = None) -> None:
-        from .changes import from_bytes
-        from .engine import LossEngine
-
         self._query_ids = run.query_ids if query_ids is None else query_ids
         committed = run.committed_queries()
         if missing := [query_id for query_id in self._query_ids if query_id not in committed]:
@@ -63,19 +61,45 @@ class ShardScorer:
         self._directions = {query_id: meta["direction"] for query_id, meta in metas.items()}
         self._way = run.way
         self._writer = ShardWriter(run, {query_id: meta["tensors"]["sha256"] for query_id, meta in metas.items()})
-        changes = [from_bytes(run.counterpart_tensors(query_id)) for query_id in self._query_ids]
-        model = load_model(run.spec.model, device, run.spec.seed)
         self._task = load_task(run.spec.task)
-        try:
-            self._engine = LossEngine(model, self._task, changes)
-        except (KeyError, ValueError) as error:
-            raise ArtifactError(
-                f"a counterpart in {run.uri('counterparts')} does not fit the model: {error}"
-            ) from error
+        self._engine = self._loaded(device, sum(meta["tensors"]["bytes"] for meta in metas.values()))
         self._computing = threading.Lock()
         keeps = run.spec.score.base_losses is not None and self._way == "difference"  # other ways make them in passing
         self._base_losses = BaseLosses(run) if keeps else None
         self._reproduces: bool | None = None
+
+    def _loaded(self, device: str, counterparts_bytes: int) -> LossEngine:
+        """Base and counterparts: in memory, if there is room for all."""
+        import torch
+
+        from . import memory
+        from .changes import from_bytes
+        from .engine import LossEngine
+        from .model_folder import CACHE, cache_folder
+
+        run, section = self._run, self._run.spec.resources.score
+        model = load_model(run.spec.model, device, run.spec.seed)
+        there = torch.device(device)
+        room_bytes = memory.room_bytes(there, section.cpus, section.gpus, section.counterparts_gib)
+        on_host_bytes = room_bytes if there.type == "cpu" else memory.host_room_bytes(section.cpus)
+        folder = cache_folder() if counterparts_bytes > on_host_bytes else None
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            changes = [from_bytes(run.counterpart_tensors(query_id), folder) for query_id in self._query_ids]
+            engine = LossEngine(model, self._task, changes, room_bytes)
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"a counterpart in {run.uri('counterparts')} does not fit the model: {error}"
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"{len(self._query_ids)} counterparts of {counterparts_bytes / 2**30:.1f} GiB cannot wait in {folder}: {error}",
+                f"make room there, or set {CACHE} to another folder",
+            ) from error
+        if len(engine.groups) > 1:
+            say(f"counterparts: {memory.told(engine.groups, engine.steps_bytes, room_bytes)}")
+        return engine
 
     def score(self, work: Work) -> Receipt:
         """Read, score, write and commit one shard; one that cannot be read is quarantined. The commit that then stands.

@@ -136,7 +136,7 @@ class TuneResources(Section):
 
 
 class ScoreResources(Section):
-    """Ray Data actors; each holds the base model and all counterparts."""
+    """Ray Data actors; each holds the base model and counterparts."""
 
     actors: _Count | None = None
     """Actors. Null: as many as the cluster has room for, leaving one CPU to Ray, and no more than shards."""
@@ -144,6 +144,9 @@ class ScoreResources(Section):
     """CPUs of each, and torch threads (rounded down, at least one)."""
     gpus: _NotNegative = 0.0
     """GPUs of each."""
+    counterparts_gib: _Positive | None = None
+    """Memory of each for counterparts, in GiB, on its GPU if it has one. Those beyond wait in the host's memory, or in files on
+    its disk, for further passes over the shard. Null: half of what the GPU has free, or of the host's by share of its CPUs."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Times that a shard is tried again after its actor died or stalled on it; then it is quarantined, and the others go on."""
     stalled_after_s: _Positive | None = None

@@ -89,6 +89,7 @@ def test_what_was_calibrated_is_compared_with_what_it_took(make_spec, tmp_path):
     assert 0 == planned.exit_code, planned.output
     assert re.search(r"predicted score +\d\S* s on 2 actors x 1 CPU", planned.output)
     assert re.search(r"CPU-\w+ per million examples", planned.output)
+    assert re.search(r"counterparts +2 of \S+ GiB together, all at once beside the base", planned.output)
     assert ["forecast.json"] == os.listdir(spec.run.uri)
     run = run_without_ray(spec)
     finish(run)

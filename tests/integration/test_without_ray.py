@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import os
 from pathlib import Path
 
 import duckdb
@@ -16,7 +17,7 @@ from PIL import Image
 
 from pipeline import freeze, rank, report, storage
 from pipeline.corpus import Corpus
-from pipeline.errors import ArtifactError, ContractError, InputError, NumericsError, SpecError
+from pipeline.errors import ArtifactError, ContractError, InputError, NumericsError, SpecError, StorageError
 from pipeline.frozen import open_run
 from pipeline.producers.base import Produced
 from pipeline.records import Column, Shard
@@ -25,7 +26,7 @@ from pipeline.scorer import ShardScorer
 from pipeline.spec import CorpusSection
 from pipeline.specfile import load_spec
 from pipeline.tuner import Tuner
-from tests.conftest import CORPUS_ROWS, read_scores, run_without_ray
+from tests.conftest import CORPUS_ROWS, read_scores, run_without_ray, tuned
 
 
 def score_bytes(run):
@@ -55,6 +56,26 @@ def test_scores_do_not_depend_on_the_shard_size(make_spec, shard_rows):
     """Other shards, in another order: every loss and score is the same to the bit."""
     ours = run_without_ray(make_spec(f"score.shard_rows={shard_rows}"), shard_order=lambda shards: shards[::-1])
     assert read_scores(run_without_ray(make_spec(name="other"))).equals(read_scores(ours))
+
+
+def test_counterparts_that_find_no_room_wait_in_files(make_spec, tmp_path, monkeypatch, capsys):
+    """Said, with what it means; every score is the same to the bit, and no file stays behind."""
+    monkeypatch.setenv("MIRRORSCOPE_CACHE", str(tmp_path / "waiting"))
+    ours = run_without_ray(make_spec("resources.score.counterparts_gib=1e-6"))
+    assert "2 passes over each shard while it is in memory, with up to 1 at a time" in capsys.readouterr().err
+    assert [] == os.listdir(tmp_path / "waiting")
+    assert score_bytes(run_without_ray(make_spec(name="other"))) == score_bytes(ours)
+
+
+def test_a_disk_without_room_for_what_waits_is_named(make_spec, tmp_path, monkeypatch):
+    """With how to choose another."""
+    spec = tuned(make_spec("resources.score.counterparts_gib=1e-6"))
+    (tmp_path / "full").write_text("no folder")
+    monkeypatch.setenv("MIRRORSCOPE_CACHE", str(tmp_path / "full"))
+    with pytest.raises(
+        StorageError, match=r"2 counterparts of .* GiB cannot wait in .*full(.|\n)*set MIRRORSCOPE_CACHE"
+    ):
+        run_without_ray(spec)
 
 
 def test_run_yaml_runs_again_as_is(make_spec, tmp_path):

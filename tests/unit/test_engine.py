@@ -247,3 +247,61 @@ def test_no_rows_and_no_counterparts_are_fine():
     got = LossEngine(base, TASK, [moved(base, 0.1)]).losses(Arrays(examples(0)).batches(8))
     assert (got.base_N.shape, got.counterpart_QN.shape) == ((0,), (1, 0))
     assert LossEngine(base, TASK, []).losses(Arrays(examples(3)).batches(8)).counterpart_QN.shape == (0, 3)
+
+
+class Watched:
+    """A task that notes at each pass where the first of the model's parameters lies."""
+
+    def __init__(self, engine_of):
+        self.passes = []
+        self.engine = engine_of(self)
+
+    def loss_B(self, model, batch):
+        self.passes.append(next(iter(model.parameters())).data_ptr())
+        return TASK.loss_B(model, batch)
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(3.5, [3, 2]), (1, [1] * 5), (0, [1] * 5), (5, [5]), (None, [5])])
+def test_counterparts_beyond_their_room_have_passes_of_their_own(room, sizes):
+    """Group by group over the same batches, with the base's pass in the first alone; every loss is the same to the bit."""
+    base, batch = seeded_cnn(), examples(40)
+    tensors = [moved(base, 0.05, seed=q) for q in range(5)]
+    each = sum(p.numel() * p.element_size() for p in base.parameters())
+    watched = Watched(lambda task: LossEngine(base, task, tensors, room and int(room * each)))
+    watched.engine.losses(Arrays(batch).batches(16), [0])  # layouts are tried on the first batch
+    assert sizes == [len(group) for group in watched.engine.groups]
+    watched.passes.clear()
+    got = watched.engine.losses(Arrays(batch).batches(16))
+    here = next(iter(base.parameters())).data_ptr()
+    assert 3 == watched.passes.count(here)
+    assert 3 * (1 + 5) == len(watched.passes)
+    plain = LossEngine(seeded_cnn(), TASK, tensors).losses(Arrays(batch).batches(16))
+    assert np.array_equal(plain.base_N, got.base_N)
+    assert np.array_equal(plain.counterpart_QN, got.counterpart_QN)
+
+
+@pytest.mark.parametrize("way", ["gradient", "jvp"])
+def test_derivatives_are_the_same_group_by_group(way):
+    """Up to the order in which products are added up."""
+    base, batch = seeded_cnn(), examples(40)
+    tensors = [moved(base, 0.05, seed=q) for q in range(5)]
+    each = sum(p.numel() * p.element_size() for p in base.parameters())
+    plain, got = (
+        LossEngine(seeded_cnn(), TASK, tensors, room).derivatives(Arrays(batch).batches(16), [4, 0, 2], way)
+        for room in (None, 2 * each)
+    )
+    assert np.array_equal(plain.base_N, got.base_N)
+    np.testing.assert_allclose(got.difference_QN, plain.difference_QN, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("room", [None, 0])
+def test_known_base_losses_leave_out_the_bases_pass(room):
+    """In every group."""
+    base, batch = seeded_cnn(), examples(16)
+    watched = Watched(lambda task: LossEngine(base, task, [moved(base, 0.05, seed=q) for q in range(2)], room))
+    known = watched.engine.losses(Arrays(batch).batches(16))  # the first batch's has passes more
+    watched.passes.clear()
+    got = watched.engine.losses(Arrays(batch).batches(16), base_S=known.base_N)
+    assert next(iter(base.parameters())).data_ptr() not in watched.passes
+    assert 2 == len(watched.passes)
+    assert np.array_equal(known.base_N, got.base_N)

@@ -18,6 +18,7 @@ TIMING = Timing(
     way_s={"difference": 10.0, "gradient": 6.0},
     way="gradient",
     why="measured",
+    held="4 at once",
 )
 CPUS = Workers(
     tuners=2, together=False, actors=4, assumed=False, tune_unit="CPU", tune_units=1, score_unit="CPU", score_units=2
