@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +67,31 @@ def shard_rows(spec: Spec, rows: int, columns: Sequence[Column]) -> int:
 def make_shards(files: Sequence[Measured], rows_each: int, first: int = 0) -> list[Shard]:
     """Cut files into shards of at most `rows_each` rows; a shard never spans two files.
 
-    Every row of every file is in exactly one shard, in order; shard ids count from `first`.
+    Every row of every file is in exactly one shard, in order; shard ids count from `first`. A shard holds whole row groups, or is
+    part of one: else neighbours would both read the group that they meet in.
     """
     shards: list[Shard] = []
     for measured in files:
-        for start in range(0, measured.rows, rows_each):
-            shards.append(_shard(first + len(shards), measured, start, min(rows_each, measured.rows - start)))
+        start = 0
+        for rows in _pieces(measured.groups or (measured.rows,), rows_each):
+            shards.append(_shard(first + len(shards), measured, start, rows))
+            start += rows
     return shards
+
+
+def _pieces(groups: Sequence[int], rows_each: int) -> Iterator[int]:
+    """Rows of shards: as many groups as fit, or the parts of one that does not."""
+    taken = 0
+    for rows in groups:
+        if taken and taken + rows > rows_each:
+            yield taken
+            taken = 0
+        if rows <= rows_each:
+            taken += rows
+        else:
+            yield from (min(rows_each, rows - start) for start in range(0, rows, rows_each))
+    if taken:
+        yield taken
 
 
 def _shard(shard_id: int, measured: Measured, start: int, rows: int) -> Shard:

@@ -206,6 +206,7 @@ class Measured:
         columns: Column names, and Arrow types where the format knows them (else null).
         byte_offsets: Text formats: where every `stride`-th row starts, with the file's end behind; else empty.
         stride: Rows between two byte offsets.
+        groups: Rows of each piece that can only be read whole, in order; empty where there is no such thing.
     """
 
     file: SourceFile
@@ -213,6 +214,7 @@ class Measured:
     columns: Mapping[str, pa.DataType]
     byte_offsets: tuple[int, ...] = ()
     stride: int = 0
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,30 @@ from ..records import Measured, Rows, Shard, SourceFile
 from ..storage_errors import is_store_error, mapped
 from .base import find_files
 
+KEPT_BYTES = 512 << 20
+"""Of row groups larger than shards, that the shards to come find in memory: decoded, as Arrow has them."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Row groups that were read for a part of them."""
+
+    of: tuple[Any, ...]
+    first: int
+    table: pa.Table
+
+    def holds(self, of: tuple[Any, ...], shard: Shard) -> bool:
+        """Whether a shard's rows are in it."""
+        return of == self.of and self.first <= shard.row_start <= self.first + len(self.table) - shard.rows
+
 
 class Parquet:
     """Apache Parquet files."""
 
     suffixes = (".parquet", ".pq")
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
 
     def files(self, uri: str) -> list[SourceFile]:
         """See Format."""
@@ -33,18 +53,28 @@ class Parquet:
         with _named(file.path):  # the size is known from the listing: one request for the footer, and no other
             metadata = ds.ParquetFileFormat().make_fragment(path, fs, file_size=file.size_bytes).metadata
             schema = metadata.schema.to_arrow_schema()
-        return Measured(file, metadata.num_rows, dict(zip(schema.names, schema.types, strict=True)))
+            groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        return Measured(file, metadata.num_rows, dict(zip(schema.names, schema.types, strict=True)), groups=groups)
 
     def read(self, shard: Shard, columns: Sequence[str]) -> Rows:
         """See Format."""
-        with _reading(shard.path) as source:
-            parquet = pq.ParquetFile(source, pre_buffer=True)
-            groups, first = _row_groups(parquet.metadata, shard.row_start, shard.rows)
-            table = parquet.read_row_groups(groups, columns=list(columns))
-        rows = table.slice(shard.row_start - first, shard.rows)
+        of, kept = (shard.path, shard.size_bytes, shard.version, *columns), self._kept
+        if kept is None or not kept.holds(of, shard):
+            kept = _read(of, shard, columns)
+            if len(kept.table) > shard.rows and kept.table.nbytes <= KEPT_BYTES:
+                self._kept = kept
+        rows = kept.table.slice(shard.row_start - kept.first, shard.rows)
         if len(rows) != shard.rows:
             raise InputError(f"{shard.path}: got {len(rows)} rows from row {shard.row_start}, expected {shard.rows}")
         return Rows(rows, np.arange(shard.row_start, shard.row_start + shard.rows))
+
+
+def _read(of: tuple[Any, ...], shard: Shard, columns: Sequence[str]) -> _Kept:
+    """The row groups that hold a shard's rows."""
+    with _reading(shard.path) as source:
+        parquet = pq.ParquetFile(source, pre_buffer=True)
+        groups, first = _row_groups(parquet.metadata, shard.row_start, shard.rows)
+        return _Kept(of, first, parquet.read_row_groups(groups, columns=list(columns)))
 
 
 def _row_groups(metadata: pq.FileMetaData, start: int, rows: int) -> tuple[list[int], int]:

@@ -165,7 +165,7 @@ class Images(World):
         pixels, labels = self.examples
         flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.ravel()), pixels.shape[1])
         corpus = pa.table({"id": [f"{i:09d}" for i in range(len(labels))], "pixels": flat, "label": labels})
-        pq.write_table(corpus, self.folder / "corpus.parquet", row_group_size=self.rows // SHARDS)
+        pq.write_table(corpus, self.folder / "corpus.parquet")
         queries = corpus.slice(0, 64).rename_columns(["query_id", "pixels", "label"])
         pq.write_table(queries, self.folder / "all-queries.parquet")
 

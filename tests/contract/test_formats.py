@@ -20,6 +20,7 @@ from pipeline import formats
 from pipeline.corpus import SUFFIXES, Corpus
 from pipeline.errors import InputError
 from pipeline.extensions import load_format
+from pipeline.formats import parquet
 from pipeline.formats.text import STRIDE
 from pipeline.plan import make_shards
 from pipeline.queries import WHOLE_FILE_ROWS, read_queries
@@ -630,6 +631,25 @@ def test_row_groups_and_shards_need_not_agree(row_group_rows, rows_each, tmp_pat
     write_parquet(tmp_path / "a.parquet", rows, row_group_rows)
     got = read(corpus(tmp_path, example_id="id"), CASES["parquet"].columns, rows_each)
     assert ([row["id"] for row in rows], pixels_of(rows)) == (got["ids"], got["features"])
+
+
+@pytest.mark.parametrize(("kept_bytes", "again"), [(10**6, True), (0, False)])
+def test_a_group_larger_than_shards_is_read_once(kept_bytes, again, tmp_path, monkeypatch):
+    """Shards after the first find it in memory, if it is not too large for that; with other columns it is read anew."""
+    monkeypatch.setattr(parquet, "KEPT_BYTES", kept_bytes)
+    path = tmp_path / "a.parquet"
+    write_parquet(path, plain_rows(20), 20)
+    opened = parquet.Parquet()
+    shards = make_shards([opened.measure(*opened.files(str(path)))], 8)
+    assert [8, 8, 4] == [shard.rows for shard in shards]
+    whole = pq.read_table(path, columns=["id"])
+    assert whole.slice(0, 8).equals(opened.read(shards[0], ["id"]).table)
+    path.write_bytes(b"gone")
+    if again:
+        assert whole.slice(16, 4).equals(opened.read(shards[2], ["id"]).table)
+    for columns in [["label"], *([] if again else [["id"]])]:
+        with pytest.raises(InputError, match="cannot be read as Parquet"):
+            opened.read(shards[1], columns)
 
 
 def test_a_column_of_the_wrong_type_is_told_before_any_row_is_read(tmp_path):

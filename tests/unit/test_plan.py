@@ -1,5 +1,7 @@
 """The plan: every row in exactly one shard, and an identity that knows what moves scores."""
 
+import itertools
+
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +29,21 @@ def test_every_row_is_in_exactly_one_shard(rows_each, rows_per_shard):
     assert [(f"/c/{i}", row) for i, rows in enumerate(rows_each) for row in range(rows)] == covered
     assert list(range(len(shards))) == [shard.shard_id for shard in shards]
     assert all(0 < shard.rows <= rows_per_shard for shard in shards)
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 60))
+def test_shards_are_cut_along_row_groups(groups, rows_per_shard):
+    """A shard is made of whole groups or is part of one; each row is in one, and no two shards could have been one."""
+    file = SourceFile("/c/0", 1, "v")
+    shards = make_shards([Measured(file, sum(groups), {}, groups=tuple(groups))], rows_per_shard)
+    group_of_row = [group for group, rows in enumerate(groups) for _ in range(rows)]
+    parts = [group_of_row[shard.row_start : shard.row_start + shard.rows] for shard in shards]
+    assert group_of_row == [group for part in parts for group in part]
+    assert all(0 < len(part) <= rows_per_shard for part in parts)
+    is_whole = [len(part) == sum(groups[group] for group in set(part)) for part in parts]
+    assert all(whole or 1 == len(set(part)) for whole, part in zip(is_whole, parts, strict=True))
+    for whole, (part, after) in zip(is_whole, itertools.pairwise(parts), strict=False):
+        assert not whole or len(part) + groups[after[0]] > rows_per_shard
 
 
 @given(st.integers(1, 1000), st.integers(1, 300), st.integers(1, 64))
