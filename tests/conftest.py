@@ -191,6 +191,7 @@ def ray_cluster(s3: seaweed.Store) -> Iterator[Proxy]:
         ray.shutdown()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at its groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2`, tests on Ray are one process's and all others another's: the first mostly wait, the others compute."""
     for item in items:
