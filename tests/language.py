@@ -85,3 +85,16 @@ def saved(model: torch.nn.Module, folder: Path, template: str | None = CHAT) -> 
     model.save_pretrained(folder)
     tokenizer(template).save_pretrained(folder)
     return str(folder)
+
+
+def spec_tree(folder: Path, uri: Path) -> dict[str, Any]:
+    """A spec over such a model and the corpus and queries beside it in Parquet, as a YAML tree, to be changed at will."""
+    return {
+        "run": {"uri": str(uri)},
+        "model": {"loader": "hf_transformers", "weights_uri": str(folder / "model")},
+        "task": {"name": "causal_lm"},
+        "corpus": {"uri": str(folder / "corpus.parquet"), "example_id": "id"},
+        "queries": {"uri": str(folder / "queries.parquet")},
+        "score": {"shard_rows": 8, "batch_tokens": 64},
+        "rank": {"k": 5},
+    }

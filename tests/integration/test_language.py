@@ -23,7 +23,7 @@ from pipeline.specfile import parse_spec
 from pipeline.tasks.language import CausalLM
 from pipeline.tuner import Tuner
 from tests.conftest import exit_code, run_without_ray, tuned
-from tests.language import gpt, saved, sentences, tokenizer
+from tests.language import gpt, saved, sentences, spec_tree, tokenizer
 
 pytestmark = pytest.mark.slow  # by its number of runs
 
@@ -52,17 +52,8 @@ def make(folder, tmp_path):
     """`make("task.reduction=sum", ...)`: a spec over that world."""
 
     def spec(*overrides, name="run"):
-        tree = {
-            "run": {"uri": str(tmp_path / name)},
-            "model": {"loader": "hf_transformers", "weights_uri": str(folder / "model")},
-            "task": {"name": "causal_lm"},
-            "corpus": {"uri": str(folder / "corpus.parquet"), "example_id": "id"},
-            "queries": {"uri": str(folder / "queries.parquet")},
-            "producer": {"steps": 3},
-            "score": {"shard_rows": 8, "batch_tokens": 64},
-            "rank": {"k": 3},
-        }
-        return parse_spec(tree, overrides)
+        made = spec_tree(folder, tmp_path / name) | {"producer": {"steps": 3}, "rank": {"k": 3}}
+        return parse_spec(made, overrides)
 
     return spec
 

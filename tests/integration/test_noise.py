@@ -15,7 +15,7 @@ from pipeline.frozen import open_run
 from pipeline.run import finish, rerank
 from pipeline.specfile import parse_spec
 from tests.conftest import read_scores, run_without_ray
-from tests.language import gpt, saved, sentences
+from tests.language import gpt, saved, sentences, spec_tree
 from tests.small import Small, linear, one_thread, work_off
 
 pytestmark = pytest.mark.slow  # whole runs of language models
@@ -44,16 +44,7 @@ def done(folder, tmp_path):
     """`done("path=value", ...)`: a finished run over it by a tiny step of adapters."""
 
     def do(*overrides, name="run"):
-        tree = {
-            "run": {"uri": str(tmp_path / name)},
-            "model": {"loader": "hf_transformers", "weights_uri": str(folder / "model")},
-            "task": {"name": "causal_lm"},
-            "corpus": {"uri": str(folder / "corpus.parquet"), "example_id": "id"},
-            "queries": {"uri": str(folder / "queries.parquet")},
-            "score": {"shard_rows": 8, "batch_tokens": 64},
-            "rank": {"k": 5},
-        }
-        run = run_without_ray(parse_spec(tree, [STEP, *overrides]))
+        run = run_without_ray(parse_spec(spec_tree(folder, tmp_path / name), [STEP, *overrides]))
         finish(run)
         return run
 
