@@ -58,12 +58,14 @@ format: install ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix-only .
 
-bench: install $(SMOLLM2) build/peers/.installed ## Throughput against bare loops and gradient peers, the fixed cost of a run; 40 minutes: build/bench/*.json
-	$(BIN)/python -m tests.bench.bench
+bench: install $(SMOLLM2) build/peers/.installed ## Throughput against bare loops and gradient peers, the fixed cost of a run; an hour: build/bench/bench.json
+	@rm -f build/bench/bench.json
+	$(BIN)/python -m tests.bench.fixed
 	$(BIN)/python -m tests.bench.language
 	$(BIN)/python -m tests.bench.speed --stage
 	$(BIN)/python -m tests.bench.speed --many
 	$(BIN)/python -m tests.bench.speed --peers --threads 1
+	@$(BIN)/python -m tests.bench.table bench
 
 bench-facts: install $(SMOLLM2) ## Who finds the sentences that taught a fact, by MRR and recall; an hour: build/bench/facts.json
 	$(BIN)/python -m jobs.facts $(FACTS) --model $(dir $(SMOLLM2))

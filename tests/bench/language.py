@@ -26,7 +26,7 @@ from pipeline.freeze import freeze
 from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tuner import Tuner
-from tests.bench.bench import forget_scores
+from tests.bench.speed_worlds import forget_scores
 from tests.bench.table import Row, at_least, machine, publish
 
 MODEL = Path("build/smollm2")

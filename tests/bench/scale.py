@@ -33,7 +33,7 @@ from pipeline.rank import rank
 from pipeline.scorer import ShardScorer
 from tests import seaweed
 from tests.bench import nothing
-from tests.bench.bench import forget_scores
+from tests.bench.speed_worlds import forget_scores
 from tests.bench.table import Row, at_least, at_most, figure, machine, publish
 
 FILES, ROWS_EACH, SMALL_FILES = 1000, 10_000, 10

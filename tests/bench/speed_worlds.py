@@ -6,6 +6,7 @@ of pictures have their kernels in the order that is fastest here.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +28,14 @@ from jobs import digits
 from pipeline.artifacts import Run
 from pipeline.extensions import load_model
 from pipeline.freeze import freeze
-from pipeline.score import SHARDS_AHEAD
+from pipeline.score import SHARDS_AHEAD, score
 from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.storage import remove_folder
 from pipeline.tuner import Tuner
 from tests.bench.speed_peers import smollm2
 
-SEED, SHARDS = 0, 8
+SEED, SHARDS, SHARD_ROWS, QUERIES = 0, 8, 32_768, 8
 """Rounding noise is not measured: of so few rows it would be a large part, of a million it is a thousandth."""
 IMAGE_SHAPE, IMAGE_CLASSES, WIDTHS, BLOCKS_EACH = (3, 32, 32), 10, (16, 32, 64), 2
 
@@ -75,6 +76,8 @@ class World:
         rows: Of the corpus.
         batch_rows: Of a forward pass.
         quarter: How many blocks are the last quarter.
+        queries: How many are asked about, in one run and another.
+        actors: Of stage score, of one thread each, on Ray; 0 for one worker in this process, of as many threads as torch has.
     """
 
     name: str
@@ -82,6 +85,8 @@ class World:
     rows: int
     batch_rows: int
     quarter: int
+    queries: tuple[int, ...] = (1, QUERIES)
+    actors: int = 0
 
     def tree(self) -> dict[str, Any]:
         """Sections model, task, corpus, queries and score of a spec."""
@@ -103,8 +108,12 @@ class World:
         table = pq.read_table(tree["queries"]["uri"]).slice(0, queries)
         tree["queries"]["uri"] = str(self.folder / f"queries-{queries}.parquet")
         pq.write_table(table, tree["queries"]["uri"])
-        producer = {"name": "unlearn", "steps": 1, "last_blocks": last_blocks}
-        run = freeze(parse_spec({"run": {"uri": str(self.folder / name)}, "producer": producer, **tree}))
+        sections = {
+            "run": {"uri": str(self.folder / name)},
+            "producer": {"name": "unlearn", "steps": 1, "last_blocks": last_blocks},
+            "resources": {"score": {"actors": self.actors or 1}},
+        }
+        run = freeze(parse_spec({**sections, **tree}))
         if failures := Tuner(run, "cpu").tune_all(run.query_ids):
             raise failures[0]
         return run
@@ -143,7 +152,11 @@ class Images(World):
             "task": {"features": "pixels", "shape": list(self.shape)},
             "corpus": {"uri": str(self.folder / "corpus.parquet"), "example_id": "id"},
             "queries": {"uri": str(self.folder / "all-queries.parquet")},
-            "score": {"batch_rows": self.batch_rows, "shard_rows": self.rows // SHARDS, "noise_rows": 0},
+            "score": {
+                "batch_rows": self.batch_rows,
+                "shard_rows": min(self.rows // SHARDS, SHARD_ROWS),
+                "noise_rows": 0,
+            },
         }
 
     @cached_property
@@ -234,15 +247,35 @@ class Texts(World):
 
 
 WORLDS: dict[str, Callable[[Path], World]] = {
-    "digits": lambda folder: _written(Digits("digits CNN", folder / "digits", 131_072, 256, 1), digits.cnn()),
-    "resnet": lambda folder: _written(Pictures("ResNet on 32 x 32", folder / "resnet", 4_096, 128, 2), resnet()),
+    "digits": lambda folder: written(
+        Digits("digits CNN", folder / "digits", 1_048_576, 256, 1, (1,), actors=os.cpu_count() or 1), digits.cnn()
+    ),
+    "digits-many": lambda folder: written(
+        Digits("digits CNN", folder / "digits-many", 131_072, 256, 1, (QUERIES,), actors=os.cpu_count() or 1),
+        digits.cnn(),
+    ),
+    "resnet": lambda folder: written(Pictures("ResNet on 32 x 32", folder / "resnet", 4_096, 128, 2), resnet()),
     "smollm2": lambda folder: Texts("SmolLM2-135M bfloat16, 256 tokens", folder / "smollm2", 8, 4, 8),
 }
 
 
-def _written(world: Images, model: nn.Module) -> Images:
+def written(world: Images, model: nn.Module) -> Images:
     world.write(model.eval())
     return world
+
+
+def forget_scores(run: Run) -> None:
+    """Make the next scoring do all shards again."""
+    for folder in ("commits", "scores", "partials"):
+        remove_folder(run.uri(folder))
+
+
+def on_ray(run: Run) -> float:
+    """Seconds of stage score on a running Ray, from the first shard's start (in a fresh actor) to the last commit."""
+    forget_scores(run)
+    score(run)
+    receipts = list(run.receipts())
+    return max(receipt.finished_at_s for receipt in receipts) - min(receipt.started_at_s for receipt in receipts)
 
 
 class Stage:
@@ -257,8 +290,7 @@ class Stage:
 
     def __call__(self) -> float:
         """Seconds for all shards."""
-        for folder in ("commits", "scores", "partials"):
-            remove_folder(self._run.uri(folder))
+        forget_scores(self._run)
         started_s = time.perf_counter()
         with ThreadPoolExecutor(SHARDS_AHEAD) as pool:
             list(pool.map(self._scorer.score, self._run.works()))

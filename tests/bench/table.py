@@ -1,9 +1,13 @@
-"""How every benchmark reports: one table for people, one JSON file for machines; a bar that does not hold is shown."""
+"""How every benchmark reports: one table for people, one JSON file for machines; a bar that does not hold is shown.
+
+`python -m tests.bench.table TARGET` prints all that was measured of a target.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,6 +60,21 @@ def machine() -> str:
 
 def publish(target: str, rows: list[Row]) -> None:
     """Print the table and write build/bench/<target>.json, in which figures of other parts of the target stay."""
+    show(target, rows)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{target}.json"
+    kept = [row for row in published(target) if row.measure not in {one.measure for one in rows}]
+    path.write_text(json.dumps([asdict(row) for row in kept + rows], indent=1) + "\n")
+
+
+def published(target: str) -> list[Row]:
+    """All figures of a target so far."""
+    path = FOLDER / f"{target}.json"
+    return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+
+def show(target: str, rows: list[Row]) -> None:
+    """Print the table."""
     table = Table(title=f"bench: {target}", title_justify="left", show_lines=True)
     for name in ("measure", "value", "bar", "holds", "conditions"):
         table.add_column(name)
@@ -63,8 +82,7 @@ def publish(target: str, rows: list[Row]) -> None:
         holds = "" if row.holds is None else ("yes" if row.holds else "NO")
         table.add_row(row.measure, f"{row.value:,.4g}", row.bar or "", holds, row.conditions)
     Console(width=150).print(table)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / f"{target}.json"
-    before = json.loads(path.read_text()) if path.exists() else []
-    kept = [row for row in before if row["measure"] not in {one.measure for one in rows}]
-    path.write_text(json.dumps(kept + [asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    show(sys.argv[1], published(sys.argv[1]))

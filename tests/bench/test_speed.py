@@ -2,13 +2,13 @@
 
 from jobs.digits import cnn
 from tests.bench import speed
-from tests.bench.speed_worlds import Digits, Pictures, _written, resnet
+from tests.bench.speed_worlds import Digits, Pictures, resnet, written
 
 
 def test_stage_score_is_timed_beside_bare_loops(tmp_path):
     """All parameters and the last blocks, one query and many, on digits and on pictures of 32 x 32."""
-    digits = _written(Digits("digits", tmp_path / "digits", 64, 32, 1), cnn())
-    pictures = _written(Pictures("pictures", tmp_path / "pictures", 16, 8, 2), resnet())
+    digits = written(Digits("digits", tmp_path / "digits", 64, 32, 1), cnn())
+    pictures = written(Pictures("pictures", tmp_path / "pictures", 16, 8, 2), resnet())
     for world in (digits, pictures):
         rows = speed.stage(world, rounds=1)
         assert [f">= {bar:g}" for bar in speed.BARS.values()] == [row.bar for row in rows]
