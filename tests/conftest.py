@@ -191,11 +191,9 @@ def ray_cluster(s3: seaweed.Store) -> Iterator[Proxy]:
         ray.shutdown()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at its groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """With `-n 2`, tests on Ray are one process's and all others another's: the first mostly wait, the others compute."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else "others"))
+    item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else "others"))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

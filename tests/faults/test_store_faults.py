@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.seaweed import upload
@@ -51,11 +52,12 @@ cp -a {run}/. {out}/out-run
 
 
 @pytest.fixture
-def tree(world, s3):
-    """A spec on the store, of ten shards."""
+def tree(world, s3, tmp_path):
+    """A spec on the store, of ten shards, each of which has to be read."""
     prefix = s3.prefix("bad-day")
     made = copy.deepcopy(world.tree(f"{prefix}/run"))
-    made["corpus"]["uri"] = upload(world.corpus, f"{prefix}/corpus.parquet")
+    pq.write_table(pq.read_table(world.corpus), tmp_path / "corpus.parquet", row_group_size=16)
+    made["corpus"]["uri"] = upload(tmp_path / "corpus.parquet", f"{prefix}/corpus.parquet")
     made["queries"]["uri"] = upload(world.queries, f"{prefix}/queries.parquet")
     made["score"]["shard_rows"] = 16
     made["resources"] = {"score": {"actors": 2}}
