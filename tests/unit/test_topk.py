@@ -114,7 +114,7 @@ def test_no_value_lies_outside_the_range_of_its_columns(pairs, transform):
     score_N, base_loss_N = np.float32(pairs).T
     spans = [(float(column.min()), float(column.max())) for column in (score_N, base_loss_N)]
     lowest, highest = value_range(*spans, transform, 0.5)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a base loss of -0.5
         value_N = transform_value(score_N, base_loss_N, transform, 0.5)
     assert lowest <= np.nanmin(value_N, initial=np.inf)
     assert np.nanmax(value_N, initial=-np.inf) <= highest
