@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +35,17 @@ def prepare(spec: str, folder: Path) -> None:
 
 
 def _demo(folder: Path) -> None:
-    write_demo(folder / "build" / "demo")
+    (folder / "build" / "demo").mkdir(parents=True)
+    for name, data in _demo_files().items():
+        (folder / "build" / "demo" / name).write_bytes(data)
+
+
+@cache
+def _demo_files() -> dict[str, bytes]:
+    """What `python -m jobs.digits` writes, trained once."""
+    with TemporaryDirectory() as folder:
+        write_demo(Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def _ensemble(folder: Path) -> None:

@@ -1,10 +1,13 @@
 """The part of `make bench` that times stage score, at a size that takes no time, so that the benchmark cannot rot."""
 
+import pytest
+
 from jobs.digits import cnn
 from tests.bench import speed
 from tests.bench.speed_worlds import Digits, Pictures, resnet, written
 
 
+@pytest.mark.slow
 def test_stage_score_is_timed_beside_bare_loops(tmp_path):
     """All parameters and the last blocks, one query and many, on digits and on pictures of 32 x 32."""
     digits = written(Digits("digits", tmp_path / "digits", 64, 32, 1), cnn())

@@ -100,7 +100,11 @@ def expected_rows(run):
 
 @pytest.mark.parametrize(
     "producer",
-    [sloped([0.01, 0.2, 0.003]), NATURAL, pytest.param("producer.lr=0.01", marks=pytest.mark.slow)],
+    [
+        sloped([0.01, 0.2, 0.003]),
+        pytest.param(NATURAL, marks=pytest.mark.slow),
+        pytest.param("producer.lr=0.01", marks=pytest.mark.slow),
+    ],
     ids=["scaled", "natural", "unlearn"],
 )
 def test_scores_are_the_mean_of_the_members(small, tmp_path, producer):

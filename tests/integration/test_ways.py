@@ -46,7 +46,7 @@ def test_scores_of_short_steps_agree(make_spec, tmp_path):
     )
 
 
-@pytest.mark.parametrize("way", ["gradient", "jvp"])
+@pytest.mark.parametrize("way", ["gradient", pytest.param("jvp", marks=pytest.mark.slow)])
 def test_a_score_does_not_depend_on_the_shard_it_is_in(small, tmp_path, way):
     """To the bit, as for losses."""
     found = [

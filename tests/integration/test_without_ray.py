@@ -51,7 +51,9 @@ def test_the_same_spec_gives_the_same_bytes(make_spec):
     assert score_bytes(first) == score_bytes(second)
 
 
-@pytest.mark.parametrize("shard_rows", [7, 17, 50, 1000])
+@pytest.mark.parametrize(
+    "shard_rows", [pytest.param(7, marks=pytest.mark.slow), 17, pytest.param(50, marks=pytest.mark.slow), 1000]
+)
 def test_scores_do_not_depend_on_the_shard_size(make_spec, shard_rows):
     """Other shards, in another order: every loss and score is the same to the bit."""
     ours = run_without_ray(make_spec(f"score.shard_rows={shard_rows}"), shard_order=lambda shards: shards[::-1])

@@ -92,6 +92,7 @@ def test_each_method_has_its_colour(draw):
     assert WIDTH == pixels(draw([f"method {i}" for i in range(9)])).shape[1]
 
 
+@pytest.mark.slow
 def test_a_crowd_is_drawn_smaller():
     """Points by the thousand leave white between them."""
     few, many = (np.mean(pixels(scattered(points=n)) < 250) for n in (1000, 4000))
