@@ -101,7 +101,8 @@ class Counterparts:
     @contextmanager
     def held(self, group: Sequence[int]) -> Iterator[None]:
         """On the device for the time of the block; none other is that had to wait."""
-        self._held = {position: self._placed(self._waiting[position]) for position in group}
+        if self._room_bytes is not None:
+            self._held = {position: self._placed(self._waiting[position]) for position in group}
         try:
             yield
         finally:
@@ -154,8 +155,9 @@ class Counterparts:
         )
 
     def _swaps(self, position: int) -> _Swaps:
-        found = self._held.get(position)
-        return self._placed(self._waiting[position]) if found is None else found
+        if self._room_bytes is None:
+            return self._waiting[position]
+        return self._held.get(position) or self._placed(self._waiting[position])
 
     def _placed(self, swaps: _Swaps) -> _Swaps:
         """On the base's device, as the base lies there; what is so already is not copied."""
