@@ -38,8 +38,8 @@ demo-facts: install $(SMOLLM2) ## A language model learns facts; which sentences
 	$(BIN)/mirrorscope run jobs/specs/trace_facts.yaml
 	$(BIN)/python -m jobs.traced runs/facts --before $(dir $(SMOLLM2))
 
-test: install ## The whole suite, in two processes: on Ray, and all else
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: install ## The whole suite, in two processes that take test after test
+	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1
 
 test-fast: install ## The suite without Ray clusters and long truths, under 90 s
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ray and not slow'

@@ -191,11 +191,6 @@ def ray_cluster(s3: seaweed.Store) -> Iterator[Proxy]:
         ray.shutdown()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With `-n 2`, tests on Ray are one process's and all others another's: the first mostly wait, the others compute."""
-    item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else "others"))
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the table of all faults."""
     reports = [report for some in terminalreporter.stats.values() for report in some]
