@@ -26,6 +26,7 @@ from pipeline.tuner import Tuner
 from tests import seaweed
 from tests.faults.ledger import JSON_PATH, PROPERTY, Entry, Ledger
 from tests.faults.proxy import Proxy, in_front_of
+from tests.small import one_thread
 
 settings.register_profile("untimed", deadline=None)  # machines are shared: how long an example takes says nothing
 settings.load_profile("untimed")
@@ -41,7 +42,8 @@ class World:
         self.folder = folder
         pixels, labels = digits.load_digits()
         self.pixels, self.labels = pixels[:CORPUS_ROWS], labels[:CORPUS_ROWS]
-        self.model = digits.train(self.pixels, self.labels, epochs=8, width=8)
+        with one_thread():
+            self.model = digits.train(self.pixels, self.labels, epochs=8, width=8)
         self.weights = folder / "cnn.safetensors"
         safetensors.torch.save_file(self.model.state_dict(), self.weights)
         self.corpus, self.queries = folder / "corpus.parquet", folder / "queries.parquet"
@@ -76,6 +78,13 @@ class World:
             "rank": {"k": 5},
             "resources": {"score": {"actors": 2}},
         }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> Iterator[None]:
+    """One of torch, as the pipeline's workers have: more only wait for each other in models this small."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,18 +15,10 @@ from pipeline.producer_choices import Finetune, Natural, Unlearn
 from pipeline.producers.base import Setting
 from tests.contract.test_natural import sample_of
 from tests.language import VOCABULARY, gpt, t5
-from tests.small import one_thread
 from tests.unit.test_spec import parse
 
 PICTURES = load_task(ClassificationTask(shape=[1, 8, 8]))
 TEXTS = load_task(parse(task={"name": "causal_lm", "tokens": "ids"}).task)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small only wait for each other's threads."""
-    with one_thread():
-        yield
 
 
 class BasicBlock(nn.Module):

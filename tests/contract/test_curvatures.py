@@ -20,18 +20,11 @@ from pipeline.errors import NumericsError
 from pipeline.extensions import load_task
 from pipeline.importing import construct
 from pipeline.tasks.classification import Classification
-from tests.small import one_thread
 
 CLASSES, TEMPERATURE, SEED, DAMPING = 3, 2.0, 7, 0.01
 FITTED = sorted(set(BUILTIN) - {"gauss_newton"})
 every_curvature = pytest.mark.parametrize("word", FITTED)
 DOUBLE = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 class Twice(nn.Module):

@@ -19,17 +19,9 @@ from pipeline.producers.base import Setting
 from pipeline.producers.damping import cheapest
 from pipeline.producers.natural import Natural
 from pipeline.tasks.classification import Classification
-from tests.small import one_thread
 
 CLASSES = 3
 TASK = Classification("features", "label", [4], temperature=2.0)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small only wait for each other's threads."""
-    with one_thread():
-        yield
 
 
 class Tied(nn.Module):

@@ -32,13 +32,6 @@ from tests.contract.test_curvatures import (
     task,
 )
 from tests.language import VOCABULARY, gpt
-from tests.small import one_thread
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 class Turned(nn.Module):

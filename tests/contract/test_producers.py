@@ -16,7 +16,6 @@ from pipeline.errors import ContractError, NumericsError
 from pipeline.extensions import load_producer, load_task
 from pipeline.producer_choices import PAPER, Finetune, Unlearn
 from pipeline.records import Column
-from tests.small import one_thread
 
 FEATURES, CLASSES = 4, 3
 TASK = load_task(ClassificationTask(shape=[FEATURES]))
@@ -32,13 +31,6 @@ STRAIGHT = {
     "momentum": 0.0, "steps": 1, "weight_decay": 0.0, "normalize": False, "max_loss_change": 0.0, "mode": "eval",
 }  # fmt: skip
 """One plain step, whatever the recipe."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small only wait for each other's threads."""
-    with one_thread():
-        yield
 
 
 def mlp(certainty=1.0):

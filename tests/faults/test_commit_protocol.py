@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from pipeline.works import Receipt
 from tests import small
 from tests.faults import stepped
 from tests.faults.stepped import Actor, Crash, in_hand
-from tests.small import Small, one_thread, products, work_off
+from tests.small import Small, products, work_off
 
 OVERRIDES = ("corpus.source=null", "corpus.check_ids=false")
 """Without what asks DuckDB: it costs more than everything else together."""
@@ -349,9 +348,8 @@ def require_same(expected: dict[str, bytes], got: dict[str, bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with one_thread():
-        yield World(tmp_path_factory.mktemp("small"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("small"))
 
 
 def look(world: World, kind: type[Protocol] = Protocol, **changes) -> None:

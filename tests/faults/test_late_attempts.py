@@ -14,7 +14,7 @@ from pipeline.frozen import open_run
 from pipeline.score import _tally
 from pipeline.scorer import ShardScorer
 from tests.faults.stepped import Actor, in_hand
-from tests.small import Small, one_thread, products, work_off
+from tests.small import Small, products, work_off
 
 STRAY = "rejects/shard-000000-quarantined.parquet"
 CHEAP = ("corpus.source=null", "corpus.check_ids=false")
@@ -22,8 +22,7 @@ CHEAP = ("corpus.source=null", "corpus.check_ids=false")
 
 @pytest.fixture
 def small(tmp_path):
-    with one_thread():
-        yield Small(tmp_path)
+    return Small(tmp_path)
 
 
 def objects(run):

@@ -15,7 +15,7 @@ from pipeline.base_losses import ShardLosses, fingerprint
 from pipeline.freeze import extend, freeze, survey
 from pipeline.plan import identity
 from tests.conftest import exit_code, run_without_ray
-from tests.small import CLASSES, Small, linear, one_thread, products, work_off
+from tests.small import CLASSES, Small, linear, products, work_off
 
 pytestmark = pytest.mark.slow  # every one runs twice
 ROWS, REJECTED, QUERIES = 13, 1, 2
@@ -32,12 +32,6 @@ class Scaled(nn.Module):
 
     def forward(self, features):
         return FACTOR * nn.functional.linear(features, self.weight, self.bias)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from pipeline.tuner import Tuner
 from tests.conftest import exit_code, read_scores
 from tests.integration.test_extend import objects, require_equal
 from tests.language import gpt, saved, sentences
-from tests.small import SEEDS, Small, linear, one_thread, products, work_off
+from tests.small import SEEDS, Small, linear, products, work_off
 
 NATURAL = "producer={name: natural}"
 LOSSES = ("score", "base_loss")
@@ -60,10 +60,9 @@ def sloped(lengths, scaled=True):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The small world, with a finished ensemble of three in `run`, of weights 1, 2 and .5."""
-    with one_thread():
-        made = Small(tmp_path_factory.mktemp("small"))
-        work_off(freeze(made.spec(made.folder / "run", made.ensemble(2, 0.5))))
-        yield made
+    made = Small(tmp_path_factory.mktemp("small"))
+    work_off(freeze(made.spec(made.folder / "run", made.ensemble(2, 0.5))))
+    return made
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from pipeline.scorer import ShardScorer
 from pipeline.specfile import parse_spec
 from pipeline.tuner import Tuner
 from tests.conftest import exit_code, read_scores
-from tests.small import LATER, Small, one_thread, products, work_off
+from tests.small import LATER, Small, products, work_off
 
 QUERIES, CORPUS = "queries", "corpus"
 
@@ -30,10 +30,9 @@ QUERIES, CORPUS = "queries", "corpus"
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The small world, with a finished run in `run`."""
-    with one_thread():
-        made = Small(tmp_path_factory.mktemp("small"))
-        work_off(freeze(made.spec(made.folder / "run")))
-        yield made
+    made = Small(tmp_path_factory.mktemp("small"))
+    work_off(freeze(made.spec(made.folder / "run")))
+    return made
 
 
 @pytest.fixture

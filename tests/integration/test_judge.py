@@ -27,7 +27,7 @@ from pipeline.retraining import Examples, Retrainer
 from pipeline.run import freeze
 from pipeline.specfile import load_judge, parse_spec, parse_tree
 from pipeline.verdict import judged
-from tests.small import Small, learn_here, one_thread, work_off
+from tests.small import Small, learn_here, work_off
 
 SUBSETS, AGAIN = 4, 2
 EVERYTHING = {
@@ -46,8 +46,7 @@ def small(tmp_path):
 @pytest.fixture
 def run(small, tmp_path):
     """A finished run."""
-    with one_thread():
-        return work_off(freeze(small.spec(tmp_path / "run")))
+    return work_off(freeze(small.spec(tmp_path / "run")))
 
 
 @pytest.fixture
@@ -106,8 +105,7 @@ def test_what_trains_nothing_anew_need_not_know_how_the_model_was_trained(small,
     """Its factory returns the trained model: there is nothing to start from, and truths are judged all the same."""
     tree = small.tree(tmp_path / "run")
     tree["model"] |= {"weights_uri": None}
-    with one_thread():
-        run = work_off(freeze(parse_spec(tree)))
+    run = work_off(freeze(parse_spec(tree)))
     asked = {"judge": {"uri": str(tmp_path / "judged")}, "runs": {"ours": run.uri()}}
     with pytest.raises(SpecError, match=r"training\.start: missing"):
         judged(parse_tree(Judge, asked | {"leave_out": EVERYTHING["leave_out"]}))
@@ -190,8 +188,7 @@ def test_a_grown_run_is_judged_by_retrainings_of_its_own(judge, here, small, run
     """Other examples train other models, and losses of other queries are taken."""
     judged(judge())
     before, (queries, corpus) = list(here), small.later
-    with one_thread():
-        work_off(extend(run.uri(), *((None, corpus) if grown == "corpus" else (queries, None))))
+    work_off(extend(run.uri(), *((None, corpus) if grown == "corpus" else (queries, None))))
     (found,) = judged(judge())
     assert 2 * before == here
     assert all(np.isfinite(row["lds"]) for row in found.rows)
@@ -206,8 +203,7 @@ def test_other_contents_under_the_same_names_are_another_fingerprint(judge, smal
     found.append(retrainings_of(judge(training=start)).fingerprint)
     table = pq.read_table(path)
     pq.write_table(table.set_column(table.column_names.index("label"), "label", [[0] * len(table)]), path)
-    with one_thread():
-        other = work_off(freeze(small.spec(tmp_path / "other")))
+    other = work_off(freeze(small.spec(tmp_path / "other")))
     found.append(retrainings_of(judge(training=start, runs={"ours": other.uri()})).fingerprint)
     assert 3 == len(set(found))
 
@@ -231,8 +227,7 @@ def test_another_method_shares_the_retrainings(judge, here, small, tmp_path):
     """Another producer and another temperature are judged by the models that were trained for the first."""
     judged(judge())
     here.clear()
-    with one_thread():
-        other = work_off(freeze(small.spec(tmp_path / "other", "producer.name=finetune", "task.temperature=3")))
+    other = work_off(freeze(small.spec(tmp_path / "other", "producer.name=finetune", "task.temperature=3")))
     judged(judge(runs={"other": other.uri()}))
     assert [] == here
 
@@ -249,11 +244,10 @@ def test_training_anew_uses_only_the_examples_inside(judge):
     """Without any row of a class the model cannot say it: its loss on that query is far higher."""
     spec = judge(training={"epochs": 60, "batch_rows": 4})
     retrainer = Retrainer(open_run(spec.runs["ours"]), spec.training, "cpu")
-    with one_thread():
-        everything, again, but_one = (
-            retrainer.query_losses(retrainer.learned(lesson, seed=0))
-            for lesson in (Whole(None, 0), Without((), 0), without(range(1, len(retrainer.examples.id_N)), 0))
-        )
+    everything, again, but_one = (
+        retrainer.query_losses(retrainer.learned(lesson, seed=0))
+        for lesson in (Whole(None, 0), Without((), 0), without(range(1, len(retrainer.examples.id_N)), 0))
+    )
     assert np.array_equal(everything, again)
     assert but_one.max() > everything.max() + 1
 
@@ -264,10 +258,9 @@ def test_a_query_that_is_trained_on_is_learned(judge, optimizer):
     spec = judge(training={"optimizer": optimizer, "epochs": 60, "batch_rows": 4, "weight_decay": 0.01})
     retrainings = retrainings_of(spec)
     lessons = [Whole(None, 0), Whole("red", 0), Whole("green", 0)]
-    with one_thread():
-        retrainer = Retrainer(retrainings.run, spec.training, "cpu")
-        for lesson in lessons:
-            retrainings.do(retrainer, lesson)
+    retrainer = Retrainer(retrainings.run, spec.training, "cpu")
+    for lesson in lessons:
+        retrainings.do(retrainer, lesson)
     loss_LQ = retrainings.query_losses(lessons)
     assert loss_LQ[1, 0] < loss_LQ[0, 0]
     assert loss_LQ[2, 1] < loss_LQ[0, 1]
@@ -278,13 +271,12 @@ def test_lbfgs_ends_at_the_minimum(judge):
     """The gradient of mean loss and weight decay is 0 to the tolerance, taken here by hand."""
     spec = judge(training={"optimizer": "lbfgs", "weight_decay": 0.01})
     retrainer = Retrainer(open_run(spec.runs["ours"]), spec.training, "cpu")
-    with one_thread():
-        model = retrainer.learned(without([3], 0), seed=0)
-        arrays = retrainer.examples.inputs.rows(np.delete(np.arange(12), 3))
-        loss = F.cross_entropy(
-            model(torch.from_numpy(arrays["features"]).double()), torch.from_numpy(arrays["label"])
-        ) + 0.005 * sum(tensor.square().sum() for tensor in model.parameters())
-        loss.backward()
+    model = retrainer.learned(without([3], 0), seed=0)
+    arrays = retrainer.examples.inputs.rows(np.delete(np.arange(12), 3))
+    loss = F.cross_entropy(
+        model(torch.from_numpy(arrays["features"]).double()), torch.from_numpy(arrays["label"])
+    ) + 0.005 * sum(tensor.square().sum() for tensor in model.parameters())
+    loss.backward()
     assert 0.0 == pytest.approx(max(float(tensor.grad.abs().max()) for tensor in model.parameters()), abs=1e-9)
 
 
@@ -292,8 +284,7 @@ def test_a_step_is_a_gradient_step(judge):
     """A step of no length changes nothing; a short one lowers its own row's loss by its squared gradient, as rows go."""
     spec = judge()
     retrainer = Retrainer(open_run(spec.runs["ours"]), spec.training, "cpu")
-    with one_thread():
-        losses = [retrainer.example_losses(retrainer.learned(Step(5, lr, "w"), seed=0)) for lr in (0.0, 0.01, 0.02)]
+    losses = [retrainer.example_losses(retrainer.learned(Step(5, lr, "w"), seed=0)) for lr in (0.0, 0.01, 0.02)]
     fall, twice = losses[0] - losses[1], losses[0] - losses[2]
     assert fall[5] > 0
     assert twice[5] == pytest.approx(2 * fall[5], rel=0.05)
@@ -326,8 +317,7 @@ def test_a_run_that_is_not_finished_is_refused(judge, small, tmp_path):
 def test_runs_of_different_queries_are_not_compared(judge, small, run, tmp_path):
     """Side by side means the same questions."""
     pq.write_table(pq.read_table(small.folder / "queries.parquet").slice(0, 1), small.folder / "one.parquet")
-    with one_thread():
-        other = work_off(freeze(small.spec(tmp_path / "other", f"queries.uri={small.folder / 'one.parquet'}")))
+    other = work_off(freeze(small.spec(tmp_path / "other", f"queries.uri={small.folder / 'one.parquet'}")))
     with pytest.raises(InputError, match=r"runs\.other: .* has another corpus or other queries than ours"):
         judged(judge(runs={"ours": run.uri(), "other": other.uri()}))
 
@@ -374,7 +364,7 @@ def test_training_that_diverges_is_a_numerics_error(judge):
     """With what to do about it."""
     spec = judge(training={"lr": 1e20, "weight_decay": 1e20})
     retrainer = Retrainer(open_run(spec.runs["ours"]), spec.training, "cpu")
-    with one_thread(), pytest.raises(NumericsError, match=r"(?s)not finite.*lower training\.lr"):
+    with pytest.raises(NumericsError, match=r"(?s)not finite.*lower training\.lr"):
         retrainer.query_losses(retrainer.learned(Whole(None, 0), seed=0))
 
 
@@ -389,7 +379,7 @@ def test_a_tolerance_that_is_not_reached_is_a_numerics_error(judge, monkeypatch)
     monkeypatch.setattr("pipeline.retraining.LBFGS_ITERATIONS", 100)
     spec = judge(training={"optimizer": "lbfgs", "weight_decay": 0.01, "tolerance": 1e-300})
     retrainer = Retrainer(open_run(spec.runs["ours"]), spec.training, "cpu")
-    with one_thread(), pytest.raises(NumericsError, match=r"(?s)does not converge.*weight_decay"):
+    with pytest.raises(NumericsError, match=r"(?s)does not converge.*weight_decay"):
         retrainer.learned(Whole(None, 0), seed=0)
 
 
@@ -433,10 +423,9 @@ def test_workers_train_what_one_process_trains(judge, ray_cluster, tmp_path):
     there, here = retrainings_of(spec), retrainings_of(judge(**EVERYTHING))
     lessons = [*subsets(spec), Whole(None, 0), Whole("red", 0), Step(0, 0.0, model_mark(there.run))]
     assert [] == there.missing(lessons)
-    with one_thread():
-        retrainer = Retrainer(here.run, spec.training, "cpu")
-        for lesson in lessons:
-            here.do(retrainer, lesson)
+    retrainer = Retrainer(here.run, spec.training, "cpu")
+    for lesson in lessons:
+        here.do(retrainer, lesson)
     assert np.array_equal(here.query_losses(lessons), there.query_losses(lessons))
     assert np.array_equal(here.example_losses(lessons[-3:-1]), there.example_losses(lessons[-3:-1]))
     judged(spec)

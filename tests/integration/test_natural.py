@@ -12,7 +12,7 @@ from pipeline.run import finish
 from pipeline.sample import SMALL, draw_sample
 from pipeline.tuner import Tuner
 from tests.conftest import run_without_ray
-from tests.small import Small, one_thread, work_off
+from tests.small import Small, work_off
 
 pytestmark = pytest.mark.slow  # every one tunes
 NATURAL = "producer={name: natural, sample_rows: 64}"
@@ -21,8 +21,7 @@ NATURAL = "producer={name: natural, sample_rows: 64}"
 @pytest.fixture
 def small(tmp_path):
     (tmp_path / "world").mkdir()
-    with one_thread():
-        yield Small(tmp_path / "world")
+    return Small(tmp_path / "world")
 
 
 def fitted(run) -> Path:

@@ -16,17 +16,11 @@ from pipeline.run import finish, rerank
 from pipeline.specfile import parse_spec
 from tests.conftest import read_scores, run_without_ray
 from tests.language import gpt, saved, sentences, spec_tree
-from tests.small import Small, linear, one_thread, work_off
+from tests.small import Small, linear, work_off
 
 pytestmark = pytest.mark.slow  # whole runs of language models
 TEXTS = sentences(24)
 STEP = "producer={optimizer: adam, normalize: false, max_loss_change: 0, lora_rank: 4, steps: 1, lr: 1.0e-5}"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pipeline.frozen import open_run
 from pipeline.run import attribute
 from pipeline.storage import remove_folder
 from tests.conftest import read_scores, run_without_ray, tuned
-from tests.small import Small, one_thread, work_off
+from tests.small import Small, work_off
 
 NATURAL = "producer={name: natural, sample_rows: 64, damping: 0.1}"
 
@@ -24,8 +24,7 @@ NATURAL = "producer={name: natural, sample_rows: 64, damping: 0.1}"
 @pytest.fixture
 def small(tmp_path):
     (tmp_path / "world").mkdir()
-    with one_thread():
-        yield Small(tmp_path / "world")
+    return Small(tmp_path / "world")
 
 
 @pytest.mark.slow
