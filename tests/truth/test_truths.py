@@ -111,20 +111,23 @@ def test_ascent_without_a_bound_fails_loudly():
 def test_descent_on_clean_data_finds_memorised_flipped_labels():
     """finetune on 400 clean digits as one query, 100 flipped labels of 1,000 all memorised: AUC of the negative score.
 
-    Measured .93, against .86 for the base loss alone, which a memorising model hides the flips from.
+    The mean of eight trainings, as one says little: measured over 16, .948 (.90 to .98), against .921 (.84 to .94) for the
+    base loss alone, which a memorising model hides the flips from.
     """
     pixels, labels = load_digits()
-    generator = np.random.default_rng(0)
-    flipped = generator.permutation(TRAIN_ROWS)[: TRAIN_ROWS // 10]
-    wrong = labels[:TRAIN_ROWS].copy()
-    wrong[flipped] = (wrong[flipped] + generator.integers(1, 10, len(flipped))) % 10
-    fitted = fit("cnn", epochs=100, weight_decay=0.0, labels=wrong)
-    query = {
-        "features": torch.from_numpy(pixels[TRAIN_ROWS : TRAIN_ROWS + 400].reshape(-1, 1, 8, 8)),
-        "label": torch.from_numpy(labels[TRAIN_ROWS : TRAIN_ROWS + 400]),
-    }
-    score_N = score(fitted, Finetune(**FinetuneSection().keywords), query)
-    is_flipped_N = np.isin(np.arange(TRAIN_ROWS), flipped)
-    auc = roc_auc_score(is_flipped_N, -score_N)
-    assert auc >= 0.9
-    assert auc >= roc_auc_score(is_flipped_N, fitted.base_loss_N) + 0.03
+    pixels = pixels.reshape(-1, 1, 8, 8)
+    clean = slice(TRAIN_ROWS, TRAIN_ROWS + 400)
+    query = {"features": torch.from_numpy(pixels[clean]), "label": torch.from_numpy(labels[clean])}
+    by_score, by_base_loss = [], []
+    for seed in range(8):
+        generator = np.random.default_rng(seed)
+        flipped = generator.permutation(TRAIN_ROWS)[: TRAIN_ROWS // 10]
+        wrong = labels[:TRAIN_ROWS].copy()
+        wrong[flipped] = (wrong[flipped] + generator.integers(1, 10, len(flipped))) % 10
+        fitted = fit("cnn", epochs=100, weight_decay=0.0, labels=wrong)
+        score_N = score(fitted, Finetune(**FinetuneSection().keywords), query)
+        is_flipped_N = np.isin(np.arange(TRAIN_ROWS), flipped)
+        by_score.append(roc_auc_score(is_flipped_N, -score_N))
+        by_base_loss.append(roc_auc_score(is_flipped_N, fitted.base_loss_N))
+    assert np.mean(by_score) >= 0.92
+    assert np.mean(by_score) >= np.mean(by_base_loss) + 0.01
