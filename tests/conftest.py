@@ -179,10 +179,11 @@ def ray_cluster(s3: seaweed.Store) -> Iterator[Proxy]:
     """
     import ray
 
-    from pipeline.cluster import _environment, _quieten
+    from pipeline.cluster import EMBEDDED_ENVIRONMENT, _environment, _quieten
 
     with in_front_of(s3.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
+        for name, value in EMBEDDED_ENVIRONMENT.items():
+            patch.setenv(name, value)
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         with patch.context() as at_start:
             at_start.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
