@@ -42,7 +42,7 @@ test: install ## The whole suite, in two processes that take test after test
 	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1
 
 test-fast: install ## The suite without Ray clusters and long truths, under 90 s
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ray and not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not ray and not slow'
 
 test-faults: install ## What a night does to a run, for real, and a table of what became of it: build/faults/faults.json
 	$(BIN)/python -m pytest -m ray tests/faults
