@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from .base import find_files
 
 KEPT_BYTES = 512 << 20
 """Of row groups larger than shards, that the shards to come find in memory: decoded, as Arrow has them."""
+DECODED_ROWS = 4096
+"""At a time: a whole row group at once needs twice the memory it leaves behind."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,21 @@ class Parquet:
 
 
 def _read(of: tuple[Any, ...], shard: Shard, columns: Sequence[str]) -> _Kept:
-    """The row groups that hold a shard's rows."""
+    """The row groups that hold a shard's rows; where these are too many to keep, little more than the shard's rows."""
     with _reading(shard.path) as source:
         parquet = pq.ParquetFile(source, pre_buffer=True)
         groups, first = _row_groups(parquet.metadata, shard.row_start, shard.rows)
-        return _Kept(of, first, parquet.read_row_groups(groups, columns=list(columns)))
+        batches: deque[pa.RecordBatch] = deque()
+        end, size_bytes = first, 0
+        for batch in parquet.iter_batches(DECODED_ROWS, groups, list(columns)):
+            batches.append(batch)
+            end, size_bytes = end + len(batch), size_bytes + batch.nbytes
+            if size_bytes > KEPT_BYTES:
+                while batches and first + len(batches[0]) <= shard.row_start:
+                    first += len(batches.popleft())
+                if end >= shard.row_start + shard.rows:
+                    break
+        return _Kept(of, first, pa.Table.from_batches(batches) if batches else parquet.schema_arrow.empty_table())
 
 
 def _row_groups(metadata: pq.FileMetaData, start: int, rows: int) -> tuple[list[int], int]:

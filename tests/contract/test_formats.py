@@ -625,8 +625,11 @@ def test_queries_without_rows_are_refused(word, tmp_path):
 
 @pytest.mark.parametrize("row_group_rows", [1, 3, 7, 20])
 @pytest.mark.parametrize("rows_each", [1, 3, 5, 20])
-def test_row_groups_and_shards_need_not_agree(row_group_rows, rows_each, tmp_path):
-    """Any row groups, any shards: the same rows."""
+@pytest.mark.parametrize("kept_bytes", [10**6, 500, 0])
+def test_row_groups_and_shards_need_not_agree(row_group_rows, rows_each, kept_bytes, tmp_path, monkeypatch):
+    """Any row groups, any shards, any room to keep rows: the same rows."""
+    monkeypatch.setattr(parquet, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(parquet, "DECODED_ROWS", 3)
     rows = plain_rows(20)
     write_parquet(tmp_path / "a.parquet", rows, row_group_rows)
     got = read(corpus(tmp_path, example_id="id"), CASES["parquet"].columns, rows_each)
