@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,23 +19,57 @@ from ..records import Measured, Rows, Shard, SourceFile
 from ..storage_errors import is_store_error, mapped
 from .base import find_files
 
-KEPT_BYTES = 512 << 20
-"""Of row groups larger than shards, that the shards to come find in memory: decoded, as Arrow has them."""
+KEPT_BYTES = 128 << 20
+"""Of row groups larger than shards, that stays in memory for the shards to come: the rows last decoded, as Arrow has them."""
 DECODED_ROWS = 4096
 """At a time: a whole row group at once needs twice the memory it leaves behind."""
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """Row groups that were read for a part of them."""
+class _Groups:
+    """The row groups that hold a shard's rows, decoded from first to last as far as rows are asked for.
 
-    of: tuple[Any, ...]
-    first: int
-    table: pa.Table
+    Args:
+        of: What tells them from others: the file in its version, and columns.
+        shard: Some of their rows.
+        columns: Of the file.
+    """
+
+    def __init__(self, of: tuple[Any, ...], shard: Shard, columns: Sequence[str]) -> None:
+        self._of, self._path = of, shard.path
+        with ExitStack() as files, _named(shard.path):
+            parquet = pq.ParquetFile(files.enter_context(storage.reading(shard.path)), pre_buffer=True)
+            groups, self._first = _row_groups(parquet.metadata, shard.row_start, shard.rows)
+            self.rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+            self._coming = parquet.iter_batches(DECODED_ROWS, groups, list(columns))
+            self._files = files.pop_all()
+        self._kept: deque[pa.RecordBatch] = deque()
+        self._kept_bytes, self._end, self._last = 0, self._first, self._first + self.rows
 
     def holds(self, of: tuple[Any, ...], shard: Shard) -> bool:
-        """Whether a shard's rows are in it."""
-        return of == self.of and self.first <= shard.row_start <= self.first + len(self.table) - shard.rows
+        """Whether a shard's rows are in them, and not gone from memory."""
+        return of == self._of and self._first <= shard.row_start and shard.row_start + shard.rows <= self._last
+
+    def read(self, shard: Shard) -> pa.Table:
+        """A shard's rows; fewer where the file has fewer."""
+        with _named(self._path):
+            while self._end < shard.row_start + shard.rows:
+                batch = next(self._coming, None)
+                if batch is None:
+                    break
+                self._kept.append(batch)
+                self._kept_bytes, self._end = self._kept_bytes + batch.nbytes, self._end + len(batch)
+                self._forget_before(shard.row_start)
+        table = pa.Table.from_batches(self._kept) if self._kept else pa.table({})
+        return table.slice(shard.row_start - self._first, shard.rows)
+
+    def _forget_before(self, row: int) -> None:
+        while self._kept and self._kept_bytes > KEPT_BYTES and self._first + len(self._kept[0]) <= row:
+            gone = self._kept.popleft()
+            self._kept_bytes, self._first = self._kept_bytes - gone.nbytes, self._first + len(gone)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._files.close()
 
 
 class Parquet:
@@ -44,7 +78,8 @@ class Parquet:
     suffixes = (".parquet", ".pq")
 
     def __init__(self) -> None:
-        self._kept: _Kept | None = None
+        self._large: _Groups | None = None
+        self._reading = threading.Lock()
 
     def files(self, uri: str) -> list[SourceFile]:
         """See Format."""
@@ -60,34 +95,29 @@ class Parquet:
         return Measured(file, metadata.num_rows, dict(zip(schema.names, schema.types, strict=True)), groups=groups)
 
     def read(self, shard: Shard, columns: Sequence[str]) -> Rows:
-        """See Format."""
-        of, kept = (shard.path, shard.size_bytes, shard.version, *columns), self._kept
-        if kept is None or not kept.holds(of, shard):
-            kept = _read(of, shard, columns)
-            if len(kept.table) > shard.rows and kept.table.nbytes <= KEPT_BYTES:
-                self._kept = kept
-        rows = kept.table.slice(shard.row_start - kept.first, shard.rows)
-        if len(rows) != shard.rows:
-            raise InputError(f"{shard.path}: got {len(rows)} rows from row {shard.row_start}, expected {shard.rows}")
-        return Rows(rows, np.arange(shard.row_start, shard.row_start + shard.rows))
+        """See Format. Row groups larger than the shard are decoded once for all shards in them; others side by side."""
+        of = (shard.path, shard.size_bytes, shard.version, *columns)
+        with self._reading:
+            groups = self._large if self._large is not None and self._large.holds(of, shard) else None
+            groups = groups or _Groups(of, shard, columns)
+            large = groups.rows > shard.rows
+            if large:
+                table = self._read_large(groups, shard)
+        if not large:
+            with closing(groups):
+                table = groups.read(shard)
+        if len(table) != shard.rows:
+            raise InputError(f"{shard.path}: got {len(table)} rows from row {shard.row_start}, expected {shard.rows}")
+        return Rows(table, np.arange(shard.row_start, shard.row_start + shard.rows))
 
-
-def _read(of: tuple[Any, ...], shard: Shard, columns: Sequence[str]) -> _Kept:
-    """The row groups that hold a shard's rows; where these are too many to keep, little more than the shard's rows."""
-    with _reading(shard.path) as source:
-        parquet = pq.ParquetFile(source, pre_buffer=True)
-        groups, first = _row_groups(parquet.metadata, shard.row_start, shard.rows)
-        batches: deque[pa.RecordBatch] = deque()
-        end, size_bytes = first, 0
-        for batch in parquet.iter_batches(DECODED_ROWS, groups, list(columns)):
-            batches.append(batch)
-            end, size_bytes = end + len(batch), size_bytes + batch.nbytes
-            if size_bytes > KEPT_BYTES:
-                while batches and first + len(batches[0]) <= shard.row_start:
-                    first += len(batches.popleft())
-                if end >= shard.row_start + shard.rows:
-                    break
-        return _Kept(of, first, pa.Table.from_batches(batches) if batches else parquet.schema_arrow.empty_table())
+    def _read_large(self, groups: _Groups, shard: Shard) -> pa.Table:
+        """Rows of groups that stay open; after an error they are opened anew."""
+        before, self._large = self._large, None
+        if before is not None and before is not groups:
+            before.close()
+        table = groups.read(shard)
+        self._large = groups
+        return table
 
 
 def _row_groups(metadata: pq.FileMetaData, start: int, rows: int) -> tuple[list[int], int]:
@@ -101,12 +131,6 @@ def _row_groups(metadata: pq.FileMetaData, start: int, rows: int) -> tuple[list[
             groups.append(group)
         position += size
     return groups, first
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[BinaryIO]:
-    with storage.reading(path) as source, _named(path):
-        yield source
 
 
 @contextmanager

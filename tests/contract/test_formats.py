@@ -5,6 +5,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -636,23 +637,61 @@ def test_row_groups_and_shards_need_not_agree(row_group_rows, rows_each, kept_by
     assert ([row["id"] for row in rows], pixels_of(rows)) == (got["ids"], got["features"])
 
 
-@pytest.mark.parametrize(("kept_bytes", "again"), [(10**6, True), (0, False)])
-def test_a_group_larger_than_shards_is_read_once(kept_bytes, again, tmp_path, monkeypatch):
-    """Shards after the first find it in memory, if it is not too large for that; with other columns it is read anew."""
-    monkeypatch.setattr(parquet, "KEPT_BYTES", kept_bytes)
+@pytest.fixture
+def opened_files(monkeypatch):
+    """URIs of files opened for reading, in order."""
+    opened, reading = [], parquet.storage.reading
+    monkeypatch.setattr(parquet.storage, "reading", lambda uri: opened.append(uri) or reading(uri))
+    return opened
+
+
+@pytest.fixture
+def large_group(tmp_path, monkeypatch):
+    """A file of one row group, of which 3 rows are decoded at a time; shards of 8, 8 and 4 rows."""
+    monkeypatch.setattr(parquet, "DECODED_ROWS", 3)
     path = tmp_path / "a.parquet"
     write_parquet(path, plain_rows(20), 20)
     opened = parquet.Parquet()
     shards = make_shards([opened.measure(*opened.files(str(path)))], 8)
     assert [8, 8, 4] == [shard.rows for shard in shards]
-    whole = pq.read_table(path, columns=["id"])
-    assert whole.slice(0, 8).equals(opened.read(shards[0], ["id"]).table)
-    path.write_bytes(b"gone")
-    if again:
-        assert whole.slice(16, 4).equals(opened.read(shards[2], ["id"]).table)
-    for columns in [["label"], *([] if again else [["id"]])]:
-        with pytest.raises(InputError, match="cannot be read as Parquet"):
-            opened.read(shards[1], columns)
+    return path, opened, shards
+
+
+@pytest.mark.parametrize(("kept_bytes", "order", "times"), [
+    (10**6, (0, 1, 2), 1), (10**6, (2, 0, 1), 1), (0, (0, 1, 2), 1), (0, (0, 2, 1), 2), (0, (2, 1, 0), 3),
+])  # fmt: skip
+def test_a_group_larger_than_shards_is_decoded_once(kept_bytes, order, times, large_group, opened_files, monkeypatch):
+    """From first to last as shards ask for it; anew for one whose rows are no longer in memory, or for other columns."""
+    monkeypatch.setattr(parquet, "KEPT_BYTES", kept_bytes)
+    path, opened, shards = large_group
+    whole = pq.read_table(path)
+    for shard in (shards[i] for i in order):
+        assert whole.select(["id"]).slice(shard.row_start, shard.rows).equals(opened.read(shard, ["id"]).table)
+    assert times == len(opened_files)
+    assert whole.select(["label"]).slice(0, 8).equals(opened.read(shards[0], ["label"]).table)
+    assert times + 1 == len(opened_files)
+
+
+def test_threads_share_a_large_group(large_group, opened_files):
+    """Two shards asked for at the same time: one decodes, the other waits for it."""
+    path, opened, shards = large_group
+    with ThreadPoolExecutor(3) as pool:
+        read = list(pool.map(lambda shard: opened.read(shard, ["id"]).table, shards))
+    assert pq.read_table(path, columns=["id"]).equals(pa.concat_tables(read))
+    assert len(opened_files) == 1
+
+
+def test_a_large_group_is_opened_anew_after_an_error(large_group, opened_files):
+    """What broke is not gone on with."""
+    path, opened, shards = large_group
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    path.write_bytes(bytes(footer) + whole[footer:])
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        opened.read(shards[0], ["id"])
+    path.write_bytes(whole)
+    assert all(shard.rows == len(opened.read(shard, ["id"]).table) for shard in shards)
+    assert len(opened_files) == 2
 
 
 def test_a_column_of_the_wrong_type_is_told_before_any_row_is_read(tmp_path):
