@@ -120,13 +120,26 @@ class World:
 
     def two_passes(self) -> float:
         """Seconds of the bare loop: base and one other model over all rows."""
-        models = self._models
-        with torch.inference_mode():
-            started_s = time.perf_counter()
-            for inputs, targets in self.batches:
-                for model in models:
-                    self.loss_B(model, inputs, targets)
-            return time.perf_counter() - started_s
+        return self._looped(self.loop_threads)
+
+    @cached_property
+    def loop_threads(self) -> int:
+        """Of the bare loop: one, or as many as torch has, whichever is faster."""
+        self._looped(1)
+        return min({1, torch.get_num_threads()}, key=self._looped)
+
+    def _looped(self, threads: int) -> float:
+        models, before = self._models, torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with torch.inference_mode():
+                started_s = time.perf_counter()
+                for inputs, targets in self.batches:
+                    for model in models:
+                        self.loss_B(model, inputs, targets)
+                return time.perf_counter() - started_s
+        finally:
+            torch.set_num_threads(before)
 
     @cached_property
     def _models(self) -> list[nn.Module]:
