@@ -62,9 +62,10 @@ bench: install $(SMOLLM2) build/peers/.installed ## Throughput against bare loop
 	@rm -f build/bench/bench.json
 	$(BIN)/python -m tests.bench.fixed
 	$(BIN)/python -m tests.bench.language
-	$(BIN)/python -m tests.bench.speed --stage
+	$(BIN)/python -m tests.bench.speed --stage --growth
 	$(BIN)/python -m tests.bench.speed --many
 	$(BIN)/python -m tests.bench.speed --peers --threads 1
+	$(BIN)/python -m tests.bench.faithful_speed --only cnn --queries 1 --table bench
 	@$(BIN)/python -m tests.bench.table bench
 
 bench-facts: install $(SMOLLM2) ## Who finds the sentences that taught a fact, by MRR and recall; an hour: build/bench/facts.json

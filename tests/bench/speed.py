@@ -33,14 +33,15 @@ from tests.bench.peers.world import Rows
 from tests.bench.peers.world import World as PeersWorld
 from tests.bench.speed_peers import Bare, Peers
 from tests.bench.speed_worlds import QUERIES, WORLDS, Stage, World, on_ray
-from tests.bench.table import Row, at_least, figure, machine, publish
+from tests.bench.table import Row, at_least, at_most, figure, machine, publish
 
 DIGITS = Classification("features", "label", [1, 8, 8])
 MANY_PEERS = {"kronfluence-lowrank": 1.2, "dattri_llm-trunk": 1.2, "bergson-projected": None}
 """And bars. bergson's projected scores are other scores; unprojected, it holds 64 queries' gradients: more than 20 GiB."""
 MANY_ROWS, MANY_ROUNDS = 8, 5
-FOLDER, ROUNDS = Path("build/speed/worlds"), 5
+FOLDER, ROUNDS, SMALL_RUNS = Path("build/speed/worlds"), 5, 4
 MANY_QUERIES, RANK = 64, 8
+BESIDE_LOOPS, SIZES = ("digits", "digits-many", "resnet", "smollm2"), ("digits-100k", "digits-5m")
 BARS = {("all", 1): 0.95, ("quarter", 1): 1.5, ("all", QUERIES): 1.65, ("quarter", QUERIES): 3.0}
 QUARTER_OF_TEXTS = 1.35
 
@@ -85,6 +86,24 @@ def stage(world: World, rounds: int = ROUNDS) -> list[Row]:
             )
         )
     return rows
+
+
+def growth() -> list[Row]:
+    """What a row costs stage score in a large corpus, beside small ones."""
+    small, large = (WORLDS[name](FOLDER).run(1, 0) for name in SIZES)
+
+    def of_small() -> float:
+        return statistics.mean(on_ray(small) for _ in range(SMALL_RUNS))
+
+    with cluster.connected(large.spec.resources):
+        small_s, large_s = by_turns(of_small, partial(on_ray, large))
+    small_us, large_us = ([1e6 * s / run.rows for s in each] for run, each in ((small, small_s), (large, large_s)))
+    conditions = (
+        f"{statistics.median(large_us):.2f} us a row, {statistics.median(small_us):.2f} in the small one (mean of {SMALL_RUNS} "
+        f"runs), by actors of 1 thread on Ray, first start to last commit; medians of {ROUNDS} by turns; {machine()}"
+    )
+    measure = f"digits CNN: stage score, cost per row, {large.rows:,} / {small.rows:,} rows"
+    return [at_most(measure, ratio(large_us, small_us), 1.03, conditions)]
 
 
 class Engine:
@@ -263,16 +282,21 @@ def fastest(theirs: Peers, names: Sequence[str], queries: int, rows: int, batche
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", nargs="*", choices=WORLDS, help="stage score beside bare loops, on these models")
+    parser.add_argument(
+        "--stage", nargs="*", choices=BESIDE_LOOPS, help="stage score beside bare loops, on these models"
+    )
     parser.add_argument("--peers", nargs="*", choices=MATCHES, help="the engine beside gradient peers")
+    parser.add_argument("--growth", action="store_true", help="stage score over 5 M rows beside 100 k")
     parser.add_argument("--many", action="store_true", help="64 queries on SmolLM2")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, for all")
     given = parser.parse_args()
-    every = given.stage is None and given.peers is None and not given.many
+    every = given.stage is None and given.peers is None and not (given.growth or given.many)
     torch.set_num_threads(given.threads)
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for name in WORLDS if every or given.stage == [] else given.stage or ():
+    for name in BESIDE_LOOPS if every or given.stage == [] else given.stage or ():
         publish("bench", stage(WORLDS[name](FOLDER)))
+    if every or given.growth:
+        publish("bench", growth())
     for name in MATCHES if every or given.peers == [] else given.peers or ():
         publish("bench", beside_peers(MATCHES[name]))
     if every or given.many:

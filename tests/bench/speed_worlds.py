@@ -35,7 +35,7 @@ from pipeline.storage import remove_folder
 from pipeline.tuner import Tuner
 from tests.bench.speed_peers import smollm2
 
-SEED, SHARDS, SHARD_ROWS, QUERIES = 0, 8, 32_768, 8
+SEED, SHARDS, SHARD_ROWS, SIZES_SHARD_ROWS, QUERIES = 0, 8, 32_768, 12_500, 8
 """Rounding noise is not measured: of so few rows it would be a large part, of a million it is a thousandth."""
 IMAGE_SHAPE, IMAGE_CLASSES, WIDTHS, BLOCKS_EACH = (3, 32, 32), 10, (16, 32, 64), 2
 
@@ -78,6 +78,7 @@ class World:
         quarter: How many blocks are the last quarter.
         queries: How many are asked about, in one run and another.
         actors: Of stage score, of one thread each, on Ray; 0 for one worker in this process, of as many threads as torch has.
+        shard_rows: At most.
     """
 
     name: str
@@ -87,6 +88,7 @@ class World:
     quarter: int
     queries: tuple[int, ...] = (1, QUERIES)
     actors: int = 0
+    shard_rows: int = SHARD_ROWS
 
     def tree(self) -> dict[str, Any]:
         """Sections model, task, corpus, queries and score of a spec."""
@@ -167,7 +169,7 @@ class Images(World):
             "queries": {"uri": str(self.folder / "all-queries.parquet")},
             "score": {
                 "batch_rows": self.batch_rows,
-                "shard_rows": min(self.rows // SHARDS, SHARD_ROWS),
+                "shard_rows": min(self.rows // SHARDS, self.shard_rows),
                 "noise_rows": 0,
             },
         }
@@ -260,16 +262,18 @@ class Texts(World):
 
 
 WORLDS: dict[str, Callable[[Path], World]] = {
-    "digits": lambda folder: written(
-        Digits("digits CNN", folder / "digits", 1_048_576, 256, 1, (1,), actors=os.cpu_count() or 1), digits.cnn()
-    ),
-    "digits-many": lambda folder: written(
-        Digits("digits CNN", folder / "digits-many", 131_072, 256, 1, (QUERIES,), actors=os.cpu_count() or 1),
-        digits.cnn(),
-    ),
+    "digits": lambda folder: many_digits(folder / "digits", 1_048_576, (1,)),
+    "digits-many": lambda folder: many_digits(folder / "digits-many", 131_072, (QUERIES,)),
+    "digits-100k": lambda folder: many_digits(folder / "digits-100k", 100_000, (1,), SIZES_SHARD_ROWS),
+    "digits-5m": lambda folder: many_digits(folder / "digits-5m", 5_000_000, (1,), SIZES_SHARD_ROWS),
     "resnet": lambda folder: written(Pictures("ResNet on 32 x 32", folder / "resnet", 4_096, 128, 2), resnet()),
     "smollm2": lambda folder: Texts("SmolLM2-135M bfloat16, 256 tokens", folder / "smollm2", 8, 4, 8),
 }
+
+
+def many_digits(folder: Path, rows: int, queries: tuple[int, ...], shard_rows: int = SHARD_ROWS) -> Images:
+    actors = os.cpu_count() or 1
+    return written(Digits("digits CNN", folder, rows, 256, 1, queries, actors, shard_rows), digits.cnn())
 
 
 def written(world: Images, model: nn.Module) -> Images:
