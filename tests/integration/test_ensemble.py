@@ -527,13 +527,14 @@ def test_an_ensemble_has_no_token_losses_of_its_own(small, run_uri):
 def test_the_command_makes_an_ensemble_on_ray(small, tmp_path, ray_cluster, monkeypatch, capsys):
     """One command, one connection: the bytes of a run without Ray; it says which member is worked on, and when nothing is."""
     spec = tmp_path / "spec.yaml"
-    spec.write_text(yaml.safe_dump(spec_of(small, tmp_path / "run").model_dump(mode="json")))
+    spec.write_text(yaml.safe_dump(small.spec(tmp_path / "run", small.ensemble(2)).model_dump(mode="json")))
     assert 0 == exit_code(monkeypatch, "run", str(spec)), capsys.readouterr().err
     printed = capsys.readouterr()
-    said = [f"member {n} of 3 (members/0{n - 1}): tune, score, finish" for n in (1, 2, 3)]
+    said = [f"member {n} of 2 (members/0{n - 1}): tune, score, finish" for n in (1, 2)]
     assert said == [line for line in printed.err.splitlines() if line.startswith("member ")]
-    assert "members: 3 runs" in printed.out
-    assert products(objects(str(small.folder / "run"))) == products(objects(str(tmp_path / "run")))
+    assert "members: 2 runs" in printed.out
+    other = work_off(freeze(small.spec(tmp_path / "other", small.ensemble(2))))
+    assert products(objects(other.uri())) == products(objects(str(tmp_path / "run")))
     assert 0 == exit_code(monkeypatch, "run", str(spec))
     assert "member " not in capsys.readouterr().err
 

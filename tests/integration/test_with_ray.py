@@ -26,8 +26,13 @@ def command(*words, cwd, **environment):
 
 
 def test_workers_write_the_bytes_that_one_process_writes(make_spec, ray_cluster, capsys):
-    """2 tuning workers and 3 scoring actors give the score files of a run without Ray, to the byte; progress is shown."""
-    run = attribute(make_spec("resources.tune.workers=2", "resources.score.actors=3", "score.shard_rows=32"))
+    """2 tuning workers and 3 scoring actors give the score files of a run without Ray, to the byte; progress is shown.
+
+    Stages run one after the other here, as an orchestrator calls them.
+    """
+    spec = make_spec("resources.tune.workers=2", "resources.score.actors=3", "score.shard_rows=32")
+    for stage in ("tune", "score", "rank"):
+        run = run_stage(spec, stage)
     other = run_without_ray(make_spec("score.shard_rows=32", name="other"))
     for ours in sorted(Path(run.uri("scores")).rglob("*.parquet")):
         assert ours.read_bytes() == Path(other.uri("scores"), ours.relative_to(run.uri("scores"))).read_bytes()
@@ -59,14 +64,6 @@ def test_natural_steps_do_not_depend_on_the_workers(make_spec, ray_cluster):
         moved = alone.counterpart_meta(query_id)["change_norm"]
         apart = sum(float((tensor - two[name]).double().pow(2).sum()) for name, tensor in one.items()) ** 0.5
         assert apart <= 1e-4 * moved
-
-
-def test_stages_run_apart(make_spec, ray_cluster):
-    """tune, score and rank one after the other, as an orchestrator calls them, end as one run does."""
-    spec = make_spec()
-    for stage in ("tune", "score", "rank"):
-        run = run_stage(spec, stage)
-    assert Path(run.uri("_SUCCESS")).exists()
 
 
 def test_no_gpu_where_one_is_asked_for_is_an_error(make_spec, ray_cluster):
