@@ -39,7 +39,7 @@ demo-facts: install $(SMOLLM2) ## A language model learns facts; which sentences
 	$(BIN)/python -m jobs.traced runs/facts --before $(dir $(SMOLLM2))
 
 test: install ## The whole suite, in two processes that take test after test
-	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1
+	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 --durations=40
 
 test-fast: install ## The suite without Ray clusters and long truths, under 90 s
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not ray and not slow'
