@@ -523,17 +523,22 @@ def test_an_ensemble_has_no_token_losses_of_its_own(small, run_uri):
 # --- on Ray ------------------------------------------------------------------------------------------------------------
 
 
+def two_of(small):
+    """Override: one further model."""
+    return f"ensemble=[{{weights_uri: {small.folder / 'linear-2.safetensors'}}}]"
+
+
 @pytest.mark.ray
 def test_the_command_makes_an_ensemble_on_ray(small, tmp_path, ray_cluster, monkeypatch, capsys):
     """One command, one connection: the bytes of a run without Ray; it says which member is worked on, and when nothing is."""
     spec = tmp_path / "spec.yaml"
-    spec.write_text(yaml.safe_dump(small.spec(tmp_path / "run", small.ensemble(2)).model_dump(mode="json")))
+    spec.write_text(yaml.safe_dump(small.spec(tmp_path / "run", two_of(small)).model_dump(mode="json")))
     assert 0 == exit_code(monkeypatch, "run", str(spec)), capsys.readouterr().err
     printed = capsys.readouterr()
     said = [f"member {n} of 2 (members/0{n - 1}): tune, score, finish" for n in (1, 2)]
     assert said == [line for line in printed.err.splitlines() if line.startswith("member ")]
     assert "members: 2 runs" in printed.out
-    other = work_off(freeze(small.spec(tmp_path / "other", small.ensemble(2))))
+    other = work_off(freeze(small.spec(tmp_path / "other", two_of(small))))
     assert products(objects(other.uri())) == products(objects(str(tmp_path / "run")))
     assert 0 == exit_code(monkeypatch, "run", str(spec))
     assert "member " not in capsys.readouterr().err
@@ -542,13 +547,12 @@ def test_the_command_makes_an_ensemble_on_ray(small, tmp_path, ray_cluster, monk
 @pytest.mark.ray
 def test_an_ensembles_stages_run_apart(small, tmp_path, ray_cluster):
     """tune makes the counterparts of all members, score their scores and the mean, rank ranks it."""
-    two = f"ensemble=[{{weights_uri: {small.folder / 'linear-2.safetensors'}}}]"
-    spec = small.spec(tmp_path / "run", two)
+    spec = small.spec(tmp_path / "run", two_of(small))
     run = run_stage(spec, "tune")
     assert {"red", "green"} == run.committed_queries()
     assert set() == run.members[1].committed()
     run = run_stage(spec, "score")
     assert (4, True, False) == (len(run.committed()), run.members[1].is_sealed(), run.is_sealed())
     run_stage(spec, "rank")
-    other = work_off(freeze(small.spec(tmp_path / "other", two)))
+    other = work_off(freeze(small.spec(tmp_path / "other", two_of(small))))
     assert products(objects(other.uri())) == products(objects(run.uri()))
