@@ -126,6 +126,8 @@ def fingerprint(spec: Spec, digests: Mapping[str, str]) -> str:
         "worker": [resources.gpus > 0, max(1, int(resources.cpus))],
         "versions": [version(package) for package in PACKAGES],
     }
+    if spec.score.compile:
+        about["compiled"] = True
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -9,6 +9,8 @@ in them, with a matrix of weights or more.
 What comes behind a block is what is called after it has begun, when the model does its task: in the order of definition an
 output layer may stand first. A tensor that is used earlier as well (an output layer that is tied to the embedding) is not
 behind.
+
+Blocks are also what is compiled (`score.compile`), each for itself; of a model without, all of it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .compiled import Compiled
 from .errors import MAX_NAMES_SHOWN, ContractError
 from .tasks.base import Batch, Task
 
@@ -94,6 +97,12 @@ def _last(model: nn.Module, task: Task, batch: Batch, number: int) -> tuple[set[
         )
     which = str(len(blocks)) if number == 1 else f"{first + 1}-{len(blocks)}"
     return _called_from(model, calls, calls[blocks[first]]), f"{which} of {len(blocks)} {kind}"
+
+
+def compiled(model: nn.Module, task: Task) -> Compiled:
+    """A model's blocks, or a model without any, to run as torch.compile makes them when it does a task."""
+    blocks = [block for block in blocks_in(model, list(model.modules())) if _has_children(block)]
+    return Compiled(blocks or [model], of_any_shape=hasattr(task, "encode"))
 
 
 def blocks_in(model: nn.Module, called: Collection[nn.Module]) -> list[nn.Module]:

@@ -2,20 +2,16 @@
 
 Shapes: N examples, B rows of a batch, Q counterparts.
 
-What counterparts have in common with the base, up to the first module that they change, is computed once for a batch
-(`trunk.py`); of counterparts that are a short step away derivatives serve as well (`derivatives.py`).
-
-On a CPU convolutions and pooling over images are 1.6 to 3.5 times as fast where channels stand last in memory; that takes no
-more than kernels that are laid out so. A model that does not bear it, by what the first batch says, has them back as they were.
+How a batch goes through base and counterparts is in `passes.py`; of counterparts that are a short step away derivatives serve
+as well (`derivatives.py`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,27 +20,17 @@ from torch import Tensor, nn
 from . import memory
 from .batches import Batch
 from .changes import Change
+from .compiled import Compiled
 from .counterparts import Counterparts
 from .derivatives import Derivative, Derivatives, forward_along
 from .losses import Losses
-from .observe import say
-from .trunk import Trunk
+from .passes import LossFunction, Passes
 
 CHECKED_ROWS = 4
 """Of the first batch, on which derivatives layer by layer are compared with autograd's."""
-SAME = 1e-3
-"""By how much losses may differ between two orders of adding up, in nats and relative; half precision has the most."""
 SHARE_OF_MEMORY = 0.5
 """Of what is free, that a finer copy of the models may take."""
 FINER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-
-
-class LossFunction(Protocol):
-    """The one method of a task that the engine calls."""
-
-    def loss_B(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Losses [B] of a batch, float32 or better."""
-        ...
 
 
 class LossEngine:
@@ -57,6 +43,7 @@ class LossEngine:
             are moved to the base tensor's device, tensors to its dtype.
         room_bytes: Memory for counterparts on that device. Those beyond wait where they are, and all examples go through group by
             group. Null: for all.
+        compiled: Parts of the model that run compiled in `losses`, if it bears it; null for none.
 
     Raises:
         KeyError: A counterpart names a tensor that the model does not have.
@@ -69,15 +56,12 @@ class LossEngine:
         task: LossFunction,
         counterparts: Sequence[Mapping[str, Change]],
         room_bytes: int | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         self._counterparts, self._task = Counterparts(model, counterparts, room_bytes), task
         self._model, self._device, self._dtype = model, self._counterparts.device, self._counterparts.dtype
+        self._passes = Passes(self._counterparts, task, compiled)
         self._backward: dict[tuple[int, ...], Derivatives] = {}
-        self._trunk: Trunk | None = Trunk(model, self._counterparts.changed)
-        self._is_trunk_tried = False
-        sees_images = any(isinstance(module, nn.Conv2d) for module in model.modules())
-        rounds_finely = self._dtype.itemsize >= 4  # else the first batch's luck would decide, by SAME
-        self._is_laid_out = not (sees_images and rounds_finely and self._device.type == "cpu")
 
     @property
     def model(self) -> nn.Module:
@@ -120,21 +104,6 @@ class LossEngine:
             raise MemoryError(f"it takes {needed_bytes / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} are free")
         return LossEngine(copy.deepcopy(self._model).to(dtype), self._task, changes)
 
-    def _try_channels_last(self, tensors: Mapping[str, Tensor]) -> None:
-        """Lay kernels out with channels last, for good if the model's losses stay what they were.
-
-        A model may ask for the order of numbers in memory, as `view` behind a convolution does: then it fails, or says else.
-        """
-        before_B = self._loss_B(self._model, tensors)
-        self._counterparts.lay_out(torch.channels_last)
-        try:
-            after_B = self._loss_B(self._model, tensors)
-        except RuntimeError:
-            after_B = None
-        if after_B is None or not torch.allclose(before_B, after_B, rtol=SAME, atol=SAME, equal_nan=True):
-            self._counterparts.lay_out(torch.contiguous_format)
-        self._is_laid_out = True  # last: a batch that fails decides nothing for those after it
-
     def losses(
         self, batches: Iterable[Batch], positions: Sequence[int] | None = None, base_S: np.ndarray | None = None
     ) -> Losses:
@@ -153,13 +122,11 @@ class LossEngine:
     def _losses(self, batches: Iterable[Batch], group: Sequence[int], base_S: np.ndarray | None) -> Losses:
         passes = [*group] if base_S is not None else [None, *group]
         items, losses_M = [np.empty(0, np.int64)], [[torch.empty(0)] for _ in passes]
-        with torch.inference_mode(), self._trunk.installed() if self._trunk else nullcontext():
+        with torch.inference_mode(), self._passes.installed():
             for batch in batches:
                 tensors, kept = self._tensors(batch), len(batch.item_B)
-                if not self._is_laid_out:
-                    self._try_channels_last(tensors)
                 items.append(batch.item_B)
-                for losses, loss_B in zip(losses_M, self._passes(tensors, passes), strict=True):
+                for losses, loss_B in zip(losses_M, self._passes.losses(tensors, passes), strict=True):
                     losses.append(loss_B[:kept])
         item_N = np.concatenate(items)
         losses_MN = np.stack([_join(losses) for losses in losses_M]) if losses_M else np.empty((0, len(item_N)))
@@ -186,9 +153,8 @@ class LossEngine:
         with torch.inference_mode(False):
             for batch in batches:
                 tensors, kept = self._tensors(batch), len(batch.item_B)
-                if not self._is_laid_out:
-                    with torch.no_grad():
-                        self._try_channels_last(tensors)
+                with torch.no_grad():
+                    self._passes.lay_out(tensors)
                 items.append(batch.item_B)
                 loss_B, derivative_BQ = self._derivatives(tensors, tuple(group), way)
                 base_M.append(loss_B[:kept])
@@ -237,7 +203,7 @@ class LossEngine:
         self, tensors: Mapping[str, Tensor], chosen: tuple[int, ...], way: Derivative
     ) -> tuple[Tensor, Tensor]:
         """Losses [B] and derivatives [B, Q]."""
-        loss, rows = partial(self._loss_B, self._model, tensors), len(next(iter(tensors.values())))
+        loss, rows = partial(self._passes.loss_B, tensors), len(next(iter(tensors.values())))
         try:
             if way == "jvp":
                 return self._forwards(loss, chosen)
@@ -252,7 +218,7 @@ class LossEngine:
         """Along these counterparts' steps; held until others are asked for."""
         if chosen not in self._backward:
             few = {name: tensor[:CHECKED_ROWS] for name, tensor in tensors.items()}
-            loss, rows = partial(self._loss_B, self._model, few), len(next(iter(few.values())))
+            loss, rows = partial(self._passes.loss_B, few), len(next(iter(few.values())))
             with torch.no_grad():
                 loss()  # tasks may look at their model when it first comes
             backward = Derivatives(self._model, [self._counterparts.step(position) for position in chosen])
@@ -266,65 +232,12 @@ class LossEngine:
         columns = [forward_along(self._model, self._counterparts.step(position), loss)[1] for position in chosen]
         return loss_B, torch.stack(columns, dim=1) if columns else loss_B.new_empty(len(loss_B), 0)
 
-    def _passes(self, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> list[Tensor]:
-        """Losses [B] under the base (null) and counterparts; what they have in common is computed in the first pass."""
-        if len(passes) > 1 and self._trunk is not None and not self._is_trunk_tried:
-            if not self._bears_trunk(self._trunk, tensors, [passes[0], *{passes[1], passes[-1]}]):
-                self._trunk = None
-            self._is_trunk_tried = True
-        if len(passes) < 2 or self._trunk is None:
-            return [self._pass(tensors, position) for position in passes]
-        return self._shared_passes(self._trunk, tensors, passes)
-
-    def _shared_passes(self, trunk: Trunk, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> list[Tensor]:
-        with trunk.recording():
-            found = [self._pass(tensors, passes[0])]
-        for position in passes[1:]:
-            with trunk.replaying():
-                found.append(self._pass(tensors, position))
-        return found
-
-    def _pass(self, tensors: Mapping[str, Tensor], position: int | None) -> Tensor:
-        with self.counterpart(position) as model:
-            return self._loss_B(model, tensors)
-
-    def _bears_trunk(self, trunk: Trunk, tensors: Mapping[str, Tensor], passes: Sequence[int | None]) -> bool:
-        """Whether there is something in the trunk, and losses with it are those of whole passes to the bit."""
-        with trunk.tracing():  # first of all: tasks may look at their model when it first comes
-            whole = [self._pass(tensors, passes[0])]
-        with trunk.recording():
-            self._pass(tensors, passes[0])
-        if trunk.is_empty:
-            return False
-        whole += [self._pass(tensors, position) for position in passes[1:]]
-        try:
-            shared = self._shared_passes(trunk, tensors, passes)
-            if all(torch.allclose(*pair, rtol=0, atol=0, equal_nan=True) for pair in zip(whole, shared, strict=True)):
-                return True
-        except Exception:  # noqa: BLE001 - whatever a model says whose modules do not run
-            pass
-        say(
-            f"warning: {type(self._model).__name__} uses parameters before the module that owns them is called, or changes what "
-            "modules returned: it is computed from its beginning for every counterpart"
-        )
-        return False
-
     def _tensors(self, batch: Batch) -> dict[str, Tensor]:
         tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
         return {
             name: tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in tensors.items()
         }
-
-    def _loss_B(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
-        rows = len(next(iter(tensors.values())))
-        loss_B = self._task.loss_B(model, tensors)
-        if loss_B.shape != (rows,) or loss_B.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{type(self._task).__name__}.loss_B returned {loss_B.dtype} of shape {list(loss_B.shape)}, "
-                f"expected [{rows}] in float32 or float64"
-            )
-        return loss_B
 
 
 def _join(parts: list[Tensor]) -> np.ndarray:

@@ -21,7 +21,8 @@ SCORE_ROW_BYTES = 30
 """Bytes of one score row on disk: 18 measured with ids like doc-000731234, 32 with 32 random hex digits (decision 5)."""
 
 SCORES_DEPEND_ON = ("model", "task", "corpus", "queries", "producer", "score", "seed", "ensemble")
-"""Sections that make two runs different runs. `ensemble` only where there is one: without, a run is what it was before."""
+"""Sections that make two runs different runs. `ensemble` and `score.compile` only where they are given: without, a run is what
+it was before."""
 _FREE = {"corpus": ("payload", "check_ids"), "score": ("max_reject_fraction", "base_losses", "noise_rows")}
 """Fields in them that may change between two starts of one run: they move no score."""
 
@@ -139,6 +140,8 @@ def identity(spec: Spec) -> dict[str, Any]:
             tree[section].pop(field)
     if not spec.ensemble:
         tree.pop("ensemble")
+    if not spec.score.compile:
+        tree["score"].pop("compile")
     return tree
 
 

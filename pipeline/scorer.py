@@ -73,6 +73,7 @@ class ShardScorer:
         import torch
 
         from . import memory
+        from .blocks import compiled
         from .changes import from_bytes
         from .engine import LossEngine
         from .model_folder import CACHE, cache_folder
@@ -87,7 +88,8 @@ class ShardScorer:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
             changes = [from_bytes(run.counterpart_tensors(query_id), folder) for query_id in self._query_ids]
-            engine = LossEngine(model, self._task, changes, room_bytes)
+            parts = compiled(model, self._task) if run.spec.score.compile else None
+            engine = LossEngine(model, self._task, changes, room_bytes, parts)
         except (KeyError, ValueError) as error:
             raise ArtifactError(
                 f"a counterpart in {run.uri('counterparts')} does not fit the model: {error}"

@@ -8,13 +8,13 @@ it compares losses with those of whole passes once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-_Forward = Callable[..., Any]
+from .forwards import Forward, replaced
 
 
 class Trunk:
@@ -26,11 +26,13 @@ class Trunk:
     Args:
         model: The model; its `forward` is never replaced, those of the modules in it are, within `installed`.
         changed: Tensors of it that copies have otherwise.
+        wholes: Modules into which one cannot look: what is in them is shared with all of them or not at all.
     """
 
-    def __init__(self, model: nn.Module, changed: Collection[Tensor]) -> None:
+    def __init__(self, model: nn.Module, changed: Collection[Tensor], wholes: Collection[nn.Module] = ()) -> None:
         slots = {id(tensor) for tensor in changed}
-        self._modules = [module for module in model.modules() if module is not model]
+        inside = {module for whole in wholes for module in whole.modules() if module is not whole}
+        self._modules = [module for module in model.modules() if module is not model and module not in inside]
         self._owners = {module for module in model.modules() if not slots.isdisjoint(map(id, _own(module)))}
         self._model = model
         self._returned: list[tuple[nn.Module, Any]] = []
@@ -50,18 +52,11 @@ class Trunk:
         Raises:
             AttributeError, RuntimeError: A module does not let its `forward` be replaced, as compiled ones do not.
         """
-        before = [(module, module.__dict__.get("forward")) for module in self._modules]
         try:
-            for module in self._modules:
-                module.forward = self._watched(module, module.forward)
-            yield
+            with replaced({module: self._watched(module, module.forward) for module in self._modules}):
+                yield
         finally:
             self._returned.clear()
-            for module, forward in before:
-                if forward is not None:
-                    module.forward = forward
-                else:
-                    module.__dict__.pop("forward", None)
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -101,7 +96,7 @@ class Trunk:
         finally:
             self._is_replaying = False
 
-    def _watched(self, module: nn.Module, forward: _Forward) -> _Forward:
+    def _watched(self, module: nn.Module, forward: Forward) -> Forward:
         def watched(*args: Any, **keywords: Any) -> Any:
             if self._is_replaying:
                 if self._given < len(self._returned) and self._returned[self._given][0] is module:
@@ -115,7 +110,7 @@ class Trunk:
 
         return watched
 
-    def _recorded(self, module: nn.Module, forward: _Forward, args: Any, keywords: Any) -> Any:
+    def _recorded(self, module: nn.Module, forward: Forward, args: Any, keywords: Any) -> Any:
         if module in self._owners:
             self._is_recording = False
             return forward(*args, **keywords)
