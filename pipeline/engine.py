@@ -83,6 +83,11 @@ class LossEngine:
         """Memory of the device that is free."""
         return memory.free_bytes(self._device)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether parts of the model run compiled: after the first batch."""
+        return self._passes.is_compiled
+
     def counterpart(self, position: int | None) -> AbstractContextManager[nn.Module]:
         """The model with one counterpart's tensors in place, for the time of the block; null for the base as it is."""
         return self._counterparts.in_place(position)

@@ -26,6 +26,21 @@ MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
+class Compiling:
+    """What `score.compile` would do.
+
+    Args:
+        first_s: Seconds for the first batch, when an actor compiles.
+        times: How many times as fast batches are then.
+        saved_s: Seconds that an actor computes less.
+    """
+
+    first_s: float
+    times: float
+    saved_s: float
+
+
+@dataclass(frozen=True)
 class Timing:
     """What was measured, by one worker of each stage.
 
@@ -95,6 +110,7 @@ class Forecast:
         why: Why so, for people.
         held: How counterparts lie in an actor's memory, for people.
         workers: Who is to do it.
+        compiling: What compiling would do; null if it was not tried.
     """
 
     fingerprint: str
@@ -108,6 +124,7 @@ class Forecast:
     why: str
     held: str
     workers: Workers
+    compiling: Compiling | None = None
 
     @property
     def tune_cost_s(self) -> float:
@@ -180,8 +197,15 @@ def lines(found: Forecast) -> dict[str, str]:
         f"{whole} for the run, tuning included",
         "way of scoring": f"{found.way}: {found.why}; one actor would need: {others}",
         "counterparts": found.held,
+        **({"torch.compile": _compiling(found.compiling)} if found.compiling else {}),
         "not counted": "start of Ray and of workers, a far store's delays, actors in each other's way",
     }
+
+
+def _compiling(found: Compiling) -> str:
+    pays = "score.compile: true would pay" if found.saved_s > found.first_s else "score.compile: true would not pay"
+    saves = f"saves each actor {spoken(found.saved_s)}" if found.saved_s > 0 else "saves nothing"
+    return f"{pays}: batches are {found.times:.2f} times as fast, which {saves}, after {spoken(found.first_s)} for the first"
 
 
 def _tuners(workers: Workers) -> str:

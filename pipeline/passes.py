@@ -68,6 +68,11 @@ class Passes:
         self._rounds_finely = counterparts.dtype.itemsize >= 4  # else the first batch's luck would decide, by SAME
         self._is_laid_out = not (sees_images and self._rounds_finely and counterparts.device.type == "cpu")
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether parts of the model run compiled: after the first batch."""
+        return self._compiled is not None and self._compiled.is_on
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Around all calls of `losses`."""

@@ -24,7 +24,7 @@ from .corpus import Corpus, Examples
 from .ensemble import member_spec
 from .errors import InputError, SpecError
 from .extensions import load_model, load_task, prepared
-from .forecast import Forecast, Timing, Workers, forecast
+from .forecast import Compiling, Forecast, Timing, Workers, forecast
 from .importing import user_code
 from .observe import say, spoken
 from .plan import Plan
@@ -40,6 +40,8 @@ MEASURED_S = 5.0
 """Seconds after which no further batch is measured."""
 FURTHER = 2
 """Queries that are tuned after the first, to know what each costs."""
+LONG_S = 60.0
+"""Seconds of computing that an actor has before it from which on it is tried whether compiling saves some."""
 TRIED_SHARDS = 8
 """Shards from the first on that are tried for rows to measure with."""
 _Found = TypeVar("_Found")
@@ -73,20 +75,24 @@ def rehearse(run: Run, plan: Plan) -> Forecast:
         trial = _Trial(_beside(run, folder))
         with _threads(tune.cpus):
             once_s, query_s, together = trial.tune(_device(tune_unit))
+        room = there // score.gpus if score_unit == "GPU" else (os.cpu_count() or 1) // score.cpus
+        workers = Workers(
+            tuners=tune.workers if together else min(tune.workers, plan.queries),
+            together=together,
+            actors=min(score.actors or max(1, int(room)), plan.shards),
+            assumed=score.actors is None,
+            tune_unit=tune_unit,
+            tune_units=tune.gpus if tune_unit == "GPU" else tune.cpus,
+            score_unit=score_unit,
+            score_units=score.gpus if score_unit == "GPU" else score.cpus,
+        )
         with _threads(score.cpus):
             timing = trial.score(_device(score_unit), _given_way(run), once_s, query_s)
-    room = there // score.gpus if score_unit == "GPU" else (os.cpu_count() or 1) // score.cpus
-    workers = Workers(
-        tuners=tune.workers if together else min(tune.workers, plan.queries),
-        together=together,
-        actors=min(score.actors or max(1, int(room)), plan.shards),
-        assumed=score.actors is None,
-        tune_unit=tune_unit,
-        tune_units=tune.gpus if tune_unit == "GPU" else tune.cpus,
-        score_unit=score_unit,
-        score_units=score.gpus if score_unit == "GPU" else score.cpus,
-    )
-    return forecast(run.additions[-1].fingerprint, plan, timing, workers)
+            found = forecast(run.additions[-1].fingerprint, plan, timing, workers)
+            if found.way == "difference" and not run.spec.score.compile and found.score_s > LONG_S:
+                rounds = plan.members * plan.rows / timing.rows / workers.actors
+                found = replace(found, compiling=trial.compiling(_device(score_unit), timing, rounds))
+    return found
 
 
 def _device(unit: str) -> str:
@@ -139,11 +145,8 @@ class _Trial:
         """What an actor takes for a shard."""
         run, section = self.run, self.run.spec.score
         work, (examples, inputs), read_s = self._shard()
-        (engine, room_bytes), queries = self._engine(device), len(run.query_ids)
-        batches = [
-            replace(batch, item_B=np.arange(len(batch.item_B)))  # each goes through on its own
-            for batch in inputs.batches(section.batch_rows, section.batch_tokens)
-        ]
+        (engine, room_bytes), queries = self._engine(device, section.compile), len(run.query_ids)
+        batches = self._batches(inputs)
         say(f"scoring batches of {work.shard.path} under {queries:,} queries, for about {spoken(MEASURED_S)}")
         with self._about(work):
             found = calibrate(engine, batches[0], queries) if given is None and queries >= MANY else None
@@ -161,6 +164,27 @@ class _Trial:
             why=_why(given, found),
             held=memory.told(engine.groups, engine.steps_bytes, room_bytes),
         )
+
+    def compiling(self, device: str, timing: Timing, shards: float) -> Compiling | None:
+        """What compiling would do for an actor that scores so many shards; null if the model does not bear it, which is said."""
+        work, (_, inputs), _ = self._shard()
+        engine, batches = self._engine(device, compile=True)[0], self._batches(inputs)
+        say(f"scoring them once more, compiled, for about {spoken(MEASURED_S)}")
+        with self._about(work):
+            first_s = _timed(lambda: engine.losses(batches[:1], [0]))[1]
+            if not engine.is_compiled:
+                return None
+            compute_s = _passes(engine, batches, len(self.run.query_ids), "difference")[1]
+        plain_s = timing.way_s["difference"]
+        return Compiling(first_s, plain_s / compute_s, (plain_s - compute_s) * shards)
+
+    def _batches(self, inputs: Inputs) -> list[Batch]:
+        """Of the shard; each goes through on its own."""
+        section = self.run.spec.score
+        return [
+            replace(batch, item_B=np.arange(len(batch.item_B)))
+            for batch in inputs.batches(section.batch_rows, section.batch_tokens)
+        ]
 
     def _shard(self) -> tuple[Work, tuple[Examples, Inputs], float]:
         """The first shard that can be read, what is in it, and the seconds that this took."""
@@ -189,10 +213,11 @@ class _Trial:
         """Around what a task does with a shard."""
         return user_code(f"task {self.run.spec.task.implementation} on {work.shard.path}")
 
-    def _engine(self, device: str) -> tuple[LossEngine, int]:
+    def _engine(self, device: str, compile: bool) -> tuple[LossEngine, int]:
         """Base and counterparts, and the room for these: those that were tuned stand for all others, and lie in memory once."""
         import torch
 
+        from .blocks import compiled
         from .changes import from_bytes
         from .engine import LossEngine
 
@@ -203,7 +228,8 @@ class _Trial:
         changes = [{name: change.to(there) for name, change in found.items()} for found in tuned]
         queries = len(run.query_ids)
         counterparts = [changes[q % len(changes)] for q in range(queries)]
-        return LossEngine(model, load_task(run.spec.task), counterparts, room_bytes), room_bytes
+        task = load_task(run.spec.task)
+        return LossEngine(model, task, counterparts, room_bytes, compiled(model, task) if compile else None), room_bytes
 
     def _write_s(self, work: Work, examples: Examples) -> float:
         """Seconds for writing the scores of a shard under one query, to a local disk."""

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from jobs import stage
 from jobs.cli import app, guarded
+from pipeline import rehearsal
 from pipeline.freeze import survey
 from pipeline.run import finish
 from pipeline.specfile import dump_spec
-from tests.conftest import exit_code, run_without_ray
+from tests.conftest import compiles, exit_code, run_without_ray
 from tests.example_data import prepare
 
 EXAMPLE_SPECS = sorted(
@@ -98,6 +99,21 @@ def test_what_was_calibrated_is_compared_with_what_it_took(make_spec, tmp_path):
     other = run_without_ray(make_spec("producer.steps=2", name="other"))
     shutil.copy(run.uri("forecast.json"), other.uri())
     assert "predicted" not in invoke("status", other.uri()).output
+
+
+@compiles
+def test_a_rehearsal_of_a_long_run_says_what_compiling_would_do(make_spec, tmp_path, monkeypatch):
+    """Measured; with it on, or where the run is short, there is nothing to say."""
+    path = tmp_path / "spec.yaml"
+    path.write_text(dump_spec(make_spec()))
+    assert "torch.compile" not in invoke("plan", str(path), "--calibrate").output
+    monkeypatch.setattr(rehearsal, "LONG_S", 0.0)
+    said = invoke("plan", str(path), "--calibrate").output
+    measured = (
+        r"torch.compile +score.compile: true would (?:not )?pay: batches are \d\S* times as fast, which saves \S+ "
+    )
+    assert re.search(measured, said), said
+    assert "torch.compile" not in invoke("plan", str(path), "--calibrate", "--set", "score.compile=true").output
 
 
 @pytest.mark.parametrize(

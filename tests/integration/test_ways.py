@@ -13,9 +13,10 @@ from pipeline.calibration import MANY
 from pipeline.errors import ArtifactError, ContractError
 from pipeline.freeze import freeze
 from pipeline.frozen import open_run
+from pipeline.plan import identity
 from pipeline.run import attribute
 from pipeline.storage import remove_folder
-from tests.conftest import read_scores, run_without_ray, tuned
+from tests.conftest import compiles, read_scores, run_without_ray, tuned
 from tests.small import Small, work_off
 
 NATURAL = "producer={name: natural, sample_rows: 64, damping: 0.1}"
@@ -45,15 +46,33 @@ def test_scores_of_short_steps_agree(make_spec, tmp_path):
     )
 
 
-@pytest.mark.parametrize("way", ["gradient", pytest.param("jvp", marks=pytest.mark.slow)])
-def test_a_score_does_not_depend_on_the_shard_it_is_in(small, tmp_path, way):
+@pytest.mark.parametrize(
+    "how",
+    ["way=gradient", pytest.param("way=jvp", marks=pytest.mark.slow), pytest.param("compile=true", marks=compiles)],
+)
+def test_a_score_does_not_depend_on_the_shard_it_is_in(small, tmp_path, how):
     """To the bit, as for losses."""
     found = [
-        read_scores(work_off(freeze(small.spec(tmp_path / str(rows), f"score.way={way}", f"score.shard_rows={rows}"))))
+        read_scores(work_off(freeze(small.spec(tmp_path / str(rows), f"score.{how}", f"score.shard_rows={rows}"))))
         for rows in (1, 4, 13)
     ]
     assert found[0].equals(found[1])
     assert found[0].equals(found[2])
+
+
+@compiles
+def test_compiled_scores_are_the_same_to_rounding(make_spec, tmp_path, capsys):
+    """On digits; the run is another one, and one that does not ask for it is what it was before it could."""
+    runs = [
+        run_without_ray(make_spec(f"run.uri={tmp_path / word}", f"score.compile={word}")) for word in ("false", "true")
+    ]
+    plain, compiled = map(read_scores, runs)
+    assert "compiled 1 Sequential in " in capsys.readouterr().err
+    assert plain["example_id"].equals(compiled["example_id"])
+    for name in ("base_loss", "counterpart_loss", "score"):
+        np.testing.assert_allclose(plain[name], compiled[name], atol=1e-5)
+    assert ["compile" in identity(run.spec)["score"] for run in runs] == [False, True]
+    assert runs[0].resolved.fingerprint != runs[1].resolved.fingerprint
 
 
 def test_a_calibration_holds_for_the_whole_run(small, tmp_path):

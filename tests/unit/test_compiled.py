@@ -14,6 +14,7 @@ from jobs.digits import cnn
 from pipeline.batches import Batch
 from pipeline.blocks import compiled
 from pipeline.engine import LossEngine
+from tests.conftest import compiles
 from tests.language import gpt
 from tests.unit.test_trunk import BATCH_ROWS, BATCHES, CAUSAL, TASK, images, moved, texts
 
@@ -54,6 +55,7 @@ def assert_same(model, task, counterparts, inputs):
     return engine, got
 
 
+@compiles
 def test_blocks_run_compiled(capsys):
     """All parameters of a model of three blocks are changed."""
     model = blocks()
@@ -77,6 +79,7 @@ class Counted(Block):
         self.runs += 1
 
 
+@compiles
 def test_what_counterparts_share_is_still_computed_once():
     """Of base and two counterparts with another last block."""
     model = blocks(Counted)
@@ -88,6 +91,7 @@ def test_what_counterparts_share_is_still_computed_once():
     ]
 
 
+@compiles
 def test_a_model_without_blocks_is_compiled_whole(capsys):
     """The digits CNN; where counterparts share layers that stays as it is, which is said."""
     model = cnn(16).eval()
@@ -100,6 +104,7 @@ def test_a_model_without_blocks_is_compiled_whole(capsys):
     assert "Sequential has no blocks to compile, and what counterparts share with it is worth more" in said
 
 
+@compiles
 @pytest.mark.slow
 def test_texts_of_all_lengths_run_compiled_whatever_came_before():
     """One kernel for all shapes: losses are the same to the bit when the batches come in another order."""
@@ -122,6 +127,7 @@ class Shy(Block):
         return super().forward(x) + (1 if torch.compiler.is_compiling() else 0)
 
 
+@compiles
 def test_a_model_that_would_have_other_losses_is_scored_as_it_is(capsys):
     """To the bit, also afterwards."""
     model, batches = blocks(Shy), list(images().batches(BATCH_ROWS))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.forecast import Span, Timing, Workers, busy_s, forecast, lines
+from pipeline.forecast import Compiling, Span, Timing, Workers, busy_s, forecast, lines
 from pipeline.plan import Plan
 
 PLAN = Plan(rows=1000, files=1, shards=10, queries=4, query_rows=4, forward_passes=5000, objects=1, score_bytes=1)
@@ -62,6 +62,16 @@ def test_cost_is_of_what_is_paid_for():
     assert "3.5 CPU-minutes for the run" in lines(on_cpus)["predicted cost"]
     assert "8.3 GPU-hours per million" in lines(on_gpus)["predicted cost"]
     assert "28 CPU-seconds and 30 GPU-seconds for the run" in lines(on_gpus)["predicted cost"]
+
+
+def test_compiling_pays_if_it_saves_more_than_it_takes():
+    """For people."""
+    found = forecast("f", PLAN, TIMING, CPUS)
+    assert "torch.compile" not in lines(found)
+    for saved_s, said in ((30, "would pay"), (5, "would not pay"), (-5, "would not pay")):
+        line = lines(replace(found, compiling=Compiling(first_s=12, times=1.25, saved_s=saved_s)))["torch.compile"]
+        assert said in line
+    assert line.endswith("batches are 1.25 times as fast, which saves nothing, after 12 s for the first")
 
 
 def test_a_pause_between_two_starts_is_not_work():
