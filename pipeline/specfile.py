@@ -159,14 +159,15 @@ def _description(section: type[Section] | None, name: str) -> str:
 
 
 def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
-    """Leaves at which two trees differ, as `path: before -> after`."""
+    """Leaves at which two trees differ, as `path: before -> after`; what one of them has not is `left out`."""
     found: list[str] = []
     for key in [*before, *(key for key in after if key not in before)]:
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += changed_fields(old, new, f"{path}{key}.")
         elif old != new:
-            found.append(f"{path}{key}: {old!r} -> {new!r}")
+            shown = (repr(tree[key]) if key in tree else "left out" for tree in (before, after))
+            found.append(f"{path}{key}: {' -> '.join(shown)}")
     return found
 
 

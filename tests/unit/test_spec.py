@@ -148,4 +148,4 @@ def test_a_spec_survives_the_way_to_a_file_and_back(sections):
 def test_changed_fields_names_every_leaf():
     """The refusal of a changed spec can say what changed, at any depth."""
     before, after = {"a": {"b": 1, "c": [1]}, "d": 1}, {"a": {"b": 2, "c": [1]}, "e": 1}
-    assert ["a.b: 1 -> 2", "d: 1 -> None", "e: None -> 1"] == changed_fields(before, after)
+    assert ["a.b: 1 -> 2", "d: 1 -> left out", "e: left out -> 1"] == changed_fields(before, after)
