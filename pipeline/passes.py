@@ -5,7 +5,7 @@ What may be done otherwise than plainly is tried on the first batch, and given u
 - On a CPU convolutions and pooling over images are 1.6 to 3.5 times as fast where channels stand last in memory; that takes no
   more than kernels that are laid out so.
 - What counterparts have in common with the base, up to the first module that they change, is computed once (`trunk.py`).
-- Parts of the model run as torch.compile makes them (`compiled.py`), if that is asked for.
+- Blocks of the model run as torch.compile makes them (`compiled.py`), if that is asked for (`score.compile`, decision 15).
 
 Shapes: B rows of a batch.
 """

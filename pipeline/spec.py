@@ -93,8 +93,8 @@ class ScoreSection(Section):
     16 queries on `gradient`, where a calibration finds it 1.5 times as fast, and loss differences within 10 % of it; else
     `difference`."""
     compile: bool = False
-    """Whether loss differences are made with the model's blocks as torch.compile makes them: 1.1 to 1.3 times as fast on a CPU,
-    once every actor has compiled for 5 to 20 s. It needs a C++ compiler where actors run; a model that cannot be compiled, or
+    """Whether loss differences are made with the model's blocks as torch.compile makes them: 1.1 to 1.2 times as fast on a CPU,
+    once every actor has compiled for 3 to 20 s. It needs a C++ compiler where actors run; a model that cannot be compiled, or
     whose losses are then others, is scored as it is, which is said. `plan --calibrate` tries out what it would save."""
     base_losses: Uri | None = None
     """Folder, outside of any run's, in which losses under the base model are kept: every run of the same model, task, batches

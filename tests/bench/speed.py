@@ -41,6 +41,7 @@ MANY_PEERS = {"kronfluence-lowrank": 1.2, "dattri_llm-trunk": 1.2, "bergson-proj
 MANY_ROWS, MANY_ROUNDS = 8, 5
 FOLDER, ROUNDS, SMALL_RUNS = Path("build/speed/worlds"), 5, 4
 MANY_QUERIES, RANK = 64, 8
+COMPILED = ("digits-many", "resnet", "smollm2")
 BESIDE_LOOPS, SIZES = ("digits", "digits-many", "resnet", "smollm2"), ("digits-100k", "digits-5m")
 BARS = {("all", 1): 0.95, ("quarter", 1): 1.5, ("all", QUERIES): 1.65, ("quarter", QUERIES): 3.0}
 QUARTER_OF_TEXTS = 1.35
@@ -85,6 +86,21 @@ def stage(world: World, rounds: int = ROUNDS) -> list[Row]:
                 f"{world.name}: stage score, {what}, against {loops}", ratio(bare, ours) * queries, bar, conditions
             )
         )
+    return rows
+
+
+def compiled(world: World, rounds: int = ROUNDS) -> list[Row]:
+    """Stage score by one worker in this process, with `score.compile` and without; the first batch is not counted."""
+    rows = []
+    for tuned, last_blocks in (("all parameters", 0), (f"the last {world.quarter} blocks", world.quarter)):
+        fast, plain = (Stage(world.run(1, last_blocks, compile)) for compile in (True, False))
+        first_s = fast()
+        fast_s, plain_s = by_turns(fast, plain, rounds=rounds)
+        conditions = (
+            f"{world.rows:,} rows, one worker, 1 query: {statistics.median(fast_s):.2f}, not {statistics.median(plain_s):.2f} s; "
+            f"the first time, with compiling, {first_s:.1f} s; medians of {rounds} by turns; {machine()}"
+        )
+        rows.append(figure(f"{world.name}: stage score compiled, {tuned} tuned", ratio(plain_s, fast_s), conditions))
     return rows
 
 
@@ -285,16 +301,19 @@ def main() -> None:
     parser.add_argument(
         "--stage", nargs="*", choices=BESIDE_LOOPS, help="stage score beside bare loops, on these models"
     )
+    parser.add_argument("--compiled", nargs="*", choices=COMPILED, help="stage score compiled and not, on these models")
     parser.add_argument("--peers", nargs="*", choices=MATCHES, help="the engine beside gradient peers")
     parser.add_argument("--growth", action="store_true", help="stage score over 5 M rows beside 100 k")
     parser.add_argument("--many", action="store_true", help="64 queries on SmolLM2")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, for all")
     given = parser.parse_args()
-    every = given.stage is None and given.peers is None and not (given.growth or given.many)
+    every = given.stage is given.compiled is given.peers is None and not (given.growth or given.many)
     torch.set_num_threads(given.threads)
     shutil.rmtree(FOLDER, ignore_errors=True)
     for name in BESIDE_LOOPS if every or given.stage == [] else given.stage or ():
         publish("bench", stage(WORLDS[name](FOLDER)))
+    for name in COMPILED if every or given.compiled == [] else given.compiled or ():
+        publish("bench", compiled(WORLDS[name](FOLDER)))
     if every or given.growth:
         publish("bench", growth())
     for name in MATCHES if every or given.peers == [] else given.peers or ():

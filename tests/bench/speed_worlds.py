@@ -103,10 +103,11 @@ class World:
         """Losses of a batch."""
         return F.cross_entropy(model(inputs), targets, reduction="none")
 
-    def run(self, queries: int, last_blocks: int) -> Run:
+    def run(self, queries: int, last_blocks: int, compile: bool = False) -> Run:
         """A frozen run with its counterparts made, of the first so many queries."""
-        name = f"run-{queries}-{last_blocks}"
+        name = f"run-{queries}-{last_blocks}-{compile}"
         tree = self.tree()
+        tree["score"]["compile"] = compile
         table = pq.read_table(tree["queries"]["uri"]).slice(0, queries)
         tree["queries"]["uri"] = str(self.folder / f"queries-{queries}.parquet")
         pq.write_table(table, tree["queries"]["uri"])
