@@ -102,6 +102,7 @@ def test_what_was_calibrated_is_compared_with_what_it_took(make_spec, tmp_path):
 
 
 @compiles
+@pytest.mark.slow
 def test_a_rehearsal_of_a_long_run_says_what_compiling_would_do(make_spec, tmp_path, monkeypatch):
     """Measured; with it on, or where the run is short, there is nothing to say."""
     path = tmp_path / "spec.yaml"

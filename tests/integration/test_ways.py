@@ -48,7 +48,11 @@ def test_scores_of_short_steps_agree(make_spec, tmp_path):
 
 @pytest.mark.parametrize(
     "how",
-    ["way=gradient", pytest.param("way=jvp", marks=pytest.mark.slow), pytest.param("compile=true", marks=compiles)],
+    [
+        "way=gradient",
+        pytest.param("way=jvp", marks=pytest.mark.slow),
+        pytest.param("compile=true", marks=[compiles, pytest.mark.slow]),
+    ],
 )
 def test_a_score_does_not_depend_on_the_shard_it_is_in(small, tmp_path, how):
     """To the bit, as for losses."""
@@ -61,6 +65,7 @@ def test_a_score_does_not_depend_on_the_shard_it_is_in(small, tmp_path, how):
 
 
 @compiles
+@pytest.mark.slow
 def test_compiled_scores_are_the_same_to_rounding(make_spec, tmp_path, capsys):
     """On digits; the run is another one, and one that does not ask for it is what it was before it could."""
     runs = [

@@ -18,6 +18,7 @@ from tests.conftest import compiles
 from tests.language import gpt
 from tests.unit.test_trunk import BATCH_ROWS, BATCHES, CAUSAL, TASK, images, moved, texts
 
+pytestmark = pytest.mark.slow
 ROUNDING = 1e-5
 """Nats, and relative."""
 
@@ -105,7 +106,6 @@ def test_a_model_without_blocks_is_compiled_whole(capsys):
 
 
 @compiles
-@pytest.mark.slow
 def test_texts_of_all_lengths_run_compiled_whatever_came_before():
     """One kernel for all shapes: losses are the same to the bit when the batches come in another order."""
     model = gpt()
