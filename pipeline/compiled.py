@@ -7,7 +7,7 @@ the shared trunk do between them stays as it is, and a model's own code around t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ KINDS = 256
 
 
 class Compiled:
-    """Parts of a model that run as they are or compiled, as `is_on` says.
+    """Parts of a model that run as they are, until they are turned on: then compiled.
 
     Args:
         parts: Modules of the model, none in another; or the model.
@@ -30,7 +30,7 @@ class Compiled:
     """
 
     def __init__(self, parts: Sequence[nn.Module], of_any_shape: bool) -> None:
-        self.parts, self.is_on = tuple(parts), False
+        self.parts, self.is_on, self._during = tuple(parts), False, ExitStack()
         self._forwards = {part: self._either(part.forward, of_any_shape) for part in parts}
 
     @property
@@ -42,9 +42,14 @@ class Compiled:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The parts can run compiled in the block. Raises as `replaced`."""
-        limit = torch.compiler.config.patch(recompile_limit=KINDS)  # type: ignore[attr-defined]
-        with limit, replaced(self._forwards):
+        with torch._dynamo.config.patch(recompile_limit=KINDS), replaced(self._forwards), ExitStack() as self._during:
+            if self.is_on:
+                self.keep_on()
             yield
+
+    def keep_on(self) -> None:
+        """What cannot be compiled from now on, for another shape or because a disk is full, runs as it is: torch logs why."""
+        self._during.enter_context(torch._dynamo.config.patch(suppress_errors=True))
 
     def _either(self, forward: Forward, of_any_shape: bool) -> Forward:
         @cache  # not before it is wanted: the compiler takes seconds to load

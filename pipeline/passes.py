@@ -175,6 +175,7 @@ class Passes:
             compiled.is_on, self._compiled = False, None
             say(f"warning: score.compile: {self._kind} is scored as it is, not compiled: {reason}")
         else:
+            compiled.keep_on()
             say(f"compiled {compiled.told} in {spoken(time.perf_counter() - started_s)}")
 
     def _are_same(self, before_B: Tensor, after_B: Tensor) -> bool:

@@ -165,3 +165,30 @@ def test_a_machine_without_a_compiler_scores_the_model_as_it_is(tmp_path):
     assert 0 == done.returncode, done.stderr
     assert "warning: score.compile: Sequential is scored as it is, not compiled: " in done.stderr
     assert "no-such-compiler" in done.stderr
+
+
+WITHOUT_A_DISK = """
+import os, shutil
+from pathlib import Path
+from tests.unit.test_compiled import *
+model = blocks()
+plain, fast = (LossEngine(model, TASK, [moved(model, "")], compiled=each) for each in (None, compiled(model, TASK)))
+fast.losses(images().batches(BATCH_ROWS))
+assert fast.is_compiled
+shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).write_text("no folder")
+for _ in range(2):
+    np.testing.assert_allclose(
+        fast.losses(images().batches(7)).counterpart_QN, plain.losses(images().batches(7)).counterpart_QN, rtol=ROUNDING
+    )
+"""
+
+
+@compiles
+def test_what_cannot_be_compiled_later_runs_as_it_is(tmp_path):
+    """Another shape, when the disk is gone to which compilers write: no shard is lost for it, and it is logged."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_A_DISK], env=environment, capture_output=True, text=True)
+    assert 0 == done.returncode, done.stderr
+    assert "compiled 3 Block in " in done.stderr
+    assert "FileExistsError" in done.stderr
