@@ -10,7 +10,7 @@ What comes behind a block is what is called after it has begun, when the model d
 output layer may stand first. A tensor that is used earlier as well (an output layer that is tied to the embedding) is not
 behind.
 
-Blocks are also what is compiled (`score.compile`), each for itself; of a model without, all of it.
+Blocks that are no single layers are also what is compiled (`score.compile`).
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def _last(model: nn.Module, task: Task, batch: Batch, number: int) -> tuple[set[
 
 
 def compiled(model: nn.Module, task: Task) -> Compiled:
-    """A model's blocks, or a model without any, to run as torch.compile makes them when it does a task."""
+    """A model's blocks, if it has any, to run as torch.compile makes them when it does a task."""
     blocks = [block for block in blocks_in(model, list(model.modules())) if _has_children(block)]
-    return Compiled(blocks or [model], of_any_shape=hasattr(task, "encode"))
+    return Compiled(blocks, of_any_shape=hasattr(task, "encode"))
 
 
 def blocks_in(model: nn.Module, called: Collection[nn.Module]) -> list[nn.Module]:

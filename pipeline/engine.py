@@ -43,7 +43,7 @@ class LossEngine:
             are moved to the base tensor's device, tensors to its dtype.
         room_bytes: Memory for counterparts on that device. Those beyond wait where they are, and all examples go through group by
             group. Null: for all.
-        compiled: Parts of the model that run compiled in `losses`, if it bears it; null for none.
+        compiled: Blocks of the model that run compiled in `losses`, if it bears it; null for none.
 
     Raises:
         KeyError: A counterpart names a tensor that the model does not have.
@@ -85,7 +85,7 @@ class LossEngine:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether parts of the model run compiled: after the first batch."""
+        """Whether blocks of the model run compiled: after the first batch."""
         return self._passes.is_compiled
 
     def counterpart(self, position: int | None) -> AbstractContextManager[nn.Module]:
@@ -122,16 +122,22 @@ class LossEngine:
         Raises:
             ValueError: The task returned losses of another shape than [B], or in half precision.
         """
-        return self._by_groups(batches, positions, base_S, self._losses)
+        batches = list(batches) if self._passes.may_be_compiled else batches
+        try:
+            return self._by_groups(batches, positions, base_S, self._losses)
+        except Exception as error:
+            if not self._passes.gives_up_compiling(error):
+                raise
+            return self._by_groups(batches, positions, None, self._losses)  # all of them by the same code
 
     def _losses(self, batches: Iterable[Batch], group: Sequence[int], base_S: np.ndarray | None) -> Losses:
-        passes = [*group] if base_S is not None else [None, *group]
-        items, losses_M = [np.empty(0, np.int64)], [[torch.empty(0)] for _ in passes]
+        positions = [*group] if base_S is not None else [None, *group]
+        items, losses_M = [np.empty(0, np.int64)], [[torch.empty(0)] for _ in positions]
         with torch.inference_mode(), self._passes.installed():
             for batch in batches:
                 tensors, kept = self._tensors(batch), len(batch.item_B)
                 items.append(batch.item_B)
-                for losses, loss_B in zip(losses_M, self._passes.losses(tensors, passes), strict=True):
+                for losses, loss_B in zip(losses_M, self._passes.losses(tensors, positions), strict=True):
                     losses.append(loss_B[:kept])
         item_N = np.concatenate(items)
         losses_MN = np.stack([_join(losses) for losses in losses_M]) if losses_M else np.empty((0, len(item_N)))

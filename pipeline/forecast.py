@@ -32,7 +32,7 @@ class Compiling:
     Args:
         first_s: Seconds for the first batch, when an actor compiles.
         times: How many times as fast batches are then.
-        saved_s: Seconds that an actor computes less.
+        saved_s: Seconds by which stage score is shorter then.
     """
 
     first_s: float
@@ -198,13 +198,13 @@ def lines(found: Forecast) -> dict[str, str]:
         "way of scoring": f"{found.way}: {found.why}; one actor would need: {others}",
         "counterparts": found.held,
         **({"torch.compile": _compiling(found.compiling)} if found.compiling else {}),
-        "not counted": "start of Ray and of workers, a far store's delays, actors in each other's way",
+        "not counted": "start of Ray and of workers, compiling, a far store's delays, actors in each other's way",
     }
 
 
 def _compiling(found: Compiling) -> str:
     pays = "score.compile: true would pay" if found.saved_s > found.first_s else "score.compile: true would not pay"
-    saves = f"saves each actor {spoken(found.saved_s)}" if found.saved_s > 0 else "saves nothing"
+    saves = f"saves {spoken(found.saved_s)}" if found.saved_s > 0 else "saves nothing"
     return f"{pays}: batches are {found.times:.2f} times as fast, which {saves}, after {spoken(found.first_s)} for the first"
 
 

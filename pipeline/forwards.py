@@ -1,4 +1,4 @@
-"""Other code in place of modules' own `forward`, for a while."""
+"""Other code in place of modules' own `forward`, for a while. Knows torch only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Modules run what stands for them, for the time of the block.
+    """Modules run what stands for them, within.
 
     Raises:
         AttributeError, RuntimeError: A module does not let its `forward` be replaced, as compiled ones do not.

@@ -12,7 +12,6 @@ Shapes: B rows of a batch.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from .compiled import Compiled
 from .counterparts import Counterparts
 from .errors import first_line
-from .observe import say, spoken
+from .observe import say
 from .trunk import Trunk
 
 SAME = 1e-3
@@ -46,31 +45,27 @@ class Passes:
     Args:
         counterparts: The model and they.
         task: Says what the loss of one example is.
-        compiled: Parts of the model that may run compiled; null for none. A whole model only has counterparts that change all of
-            its parameters: what others share is worth more.
+        compiled: Blocks of the model that may run compiled; null for none.
     """
 
     def __init__(self, counterparts: Counterparts, task: LossFunction, compiled: Compiled | None = None) -> None:
         self._counterparts, self._model, self._task = counterparts, counterparts.model, task
         self._kind = type(self._model).__name__
-        shared = {*map(id, self._model.parameters())} - {*map(id, counterparts.changed)}
         self._compiled = compiled
-        if compiled and shared and self._model in compiled.parts:
-            self._compiled = None
-            say(
-                f"score.compile: {self._kind} has no blocks to compile, and what counterparts share with it is worth more"
-            )
-        self._trunk: Trunk | None = Trunk(
-            self._model, counterparts.changed, self._compiled.parts if self._compiled else ()
-        )
+        self._trunk: Trunk | None = Trunk(self._model, counterparts.changed, compiled.blocks if compiled else ())
         self._is_trunk_tried = False
         sees_images = any(isinstance(module, nn.Conv2d) for module in self._model.modules())
         self._rounds_finely = counterparts.dtype.itemsize >= 4  # else the first batch's luck would decide, by SAME
         self._is_laid_out = not (sees_images and self._rounds_finely and counterparts.device.type == "cpu")
 
     @property
+    def may_be_compiled(self) -> bool:
+        """Whether that is asked for, and has not failed."""
+        return self._compiled is not None
+
+    @property
     def is_compiled(self) -> bool:
-        """Whether parts of the model run compiled: after the first batch."""
+        """Whether blocks of the model run compiled: after the first batch."""
         return self._compiled is not None and self._compiled.is_on
 
     @contextmanager
@@ -163,20 +158,30 @@ class Passes:
         return False
 
     def _try_compiled(self, compiled: Compiled, tensors: Mapping[str, Tensor], position: int | None) -> None:
-        """On the first batch switch to compiled parts, for good if losses stay what they were."""
-        before_B, started_s = self._pass(tensors, position), time.perf_counter()
+        """On the first batch switch to compiled blocks, for good if losses stay what they were."""
+        reason = "" if compiled.blocks else "it has no blocks"
+        before_B = self._pass(tensors, position)
         try:
-            compiled.is_on = True
-            is_same = self._are_same(before_B, self._pass(tensors, position))
-            reason = "" if is_same else "its losses would be others"
+            compiled.is_on = not reason
+            if not self._are_same(before_B, self._pass(tensors, position)):
+                reason = "its losses would be others"
         except Exception as error:  # noqa: BLE001 - whatever compilers say
             reason = first_line(error)
         if reason:
-            compiled.is_on, self._compiled = False, None
-            say(f"warning: score.compile: {self._kind} is scored as it is, not compiled: {reason}")
+            self._leave_uncompiled(compiled, reason)
         else:
-            compiled.keep_on()
-            say(f"compiled {compiled.told} in {spoken(time.perf_counter() - started_s)}")
+            say(f"compiled {compiled.told}")
+
+    def gives_up_compiling(self, error: Exception) -> bool:
+        """Whether it was on when something failed, as for a shape that is new, or a full disk; it is off then, which is said."""
+        was_on, compiled = self.is_compiled, self._compiled
+        if was_on and compiled is not None:
+            self._leave_uncompiled(compiled, first_line(error))
+        return was_on
+
+    def _leave_uncompiled(self, compiled: Compiled, reason: str) -> None:
+        compiled.is_on, self._compiled = False, None
+        say(f"warning: score.compile: {self._kind} is scored as it is, not compiled: {reason}")
 
     def _are_same(self, before_B: Tensor, after_B: Tensor) -> bool:
         by = SAME if self._rounds_finely else SAME_IN_HALF

@@ -41,7 +41,7 @@ MEASURED_S = 5.0
 FURTHER = 2
 """Queries that are tuned after the first, to know what each costs."""
 LONG_S = 60.0
-"""Seconds of computing that an actor has before it from which on it is tried whether compiling saves some."""
+"""Seconds of stage score from which on it is tried whether compiling saves some."""
 TRIED_SHARDS = 8
 """Shards from the first on that are tried for rows to measure with."""
 _Found = TypeVar("_Found")
@@ -90,8 +90,7 @@ def rehearse(run: Run, plan: Plan) -> Forecast:
             timing = trial.score(_device(score_unit), _given_way(run), once_s, query_s)
             found = forecast(run.additions[-1].fingerprint, plan, timing, workers)
             if found.way == "difference" and not run.spec.score.compile and found.score_s > LONG_S:
-                rounds = plan.members * plan.rows / timing.rows / workers.actors
-                found = replace(found, compiling=trial.compiling(_device(score_unit), timing, rounds))
+                found = replace(found, compiling=trial.compiling(_device(score_unit), found, plan, timing))
     return found
 
 
@@ -165,8 +164,15 @@ class _Trial:
             held=memory.told(engine.groups, engine.steps_bytes, room_bytes),
         )
 
-    def compiling(self, device: str, timing: Timing, shards: float) -> Compiling | None:
-        """What compiling would do for an actor that scores so many shards; null if the model does not bear it, which is said."""
+    def compiling(self, device: str, plain: Forecast, plan: Plan, timing: Timing) -> Compiling | None:
+        """What compiling would do; null if the model does not bear it, which is said.
+
+        Args:
+            device: Of an actor.
+            plain: What is predicted without.
+            plan: The run's figures.
+            timing: What was measured without.
+        """
         work, (_, inputs), _ = self._shard()
         engine, batches = self._engine(device, compile=True)[0], self._batches(inputs)
         say(f"scoring them once more, compiled, for about {spoken(MEASURED_S)}")
@@ -174,9 +180,13 @@ class _Trial:
             first_s = _timed(lambda: engine.losses(batches[:1], [0]))[1]
             if not engine.is_compiled:
                 return None
-            compute_s = _passes(engine, batches, len(self.run.query_ids), "difference")[1]
-        plain_s = timing.way_s["difference"]
-        return Compiling(first_s, plain_s / compute_s, (plain_s - compute_s) * shards)
+            base_s, compute_s = _passes(engine, batches, len(self.run.query_ids), "difference")
+        there = replace(timing, base_s=base_s, way_s={"difference": compute_s})
+        with_it = forecast(
+            plain.fingerprint, replace(plan, kept=0), there, plain.workers
+        )  # losses that are kept are others
+        times = timing.way_s["difference"] / compute_s
+        return Compiling(plan.members * first_s, times, plain.score_s - with_it.score_s)
 
     def _batches(self, inputs: Inputs) -> list[Batch]:
         """Of the shard; each goes through on its own."""
@@ -258,6 +268,8 @@ def _passes(engine: LossEngine, batches: Sequence[Batch], queries: int, way: Way
     bases_s, wholes_s, until_s = list[float](), list[float](), time.perf_counter() + MEASURED_S
     for position in np.random.default_rng(0).permutation(len(batches)):
         batch = batches[position]
+        if engine.is_compiled:
+            scored(batch)  # a shape may be new, and is compiled
         base_s = _timed(lambda: engine.losses([batch], []))[1]  # noqa: B023  done before the next
         whole_s = _timed(lambda: scored(batch))[1]  # noqa: B023
         if looked is not None:

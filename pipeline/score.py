@@ -85,6 +85,8 @@ def _calibrate(run: Run) -> None:
     if found is not None:
         run.commit_calibration(found.to_json())
         say(f"score by {found.way}: {found.why}")
+        if run.spec.score.compile and found.way != "difference":
+            say(f"score.compile: has no effect on way {found.way}, which runs the model as it is")
 
 
 def _calibrated(run_uri: str) -> dict[str, Any]:

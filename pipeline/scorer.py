@@ -66,7 +66,9 @@ class ShardScorer:
         self._computing = threading.Lock()
         keeps = run.spec.score.base_losses is not None and self._way == "difference"  # other ways make them in passing
         self._base_losses = BaseLosses(run) if keeps else None
-        self._reproduces: bool | None = None
+        self._reproduces: dict[
+            bool, bool
+        ] = {}  # compiled or not: whether base losses that are kept are computed here, too
 
     def _loaded(self, device: str, counterparts_bytes: int) -> LossEngine:
         """Base and counterparts: in memory, if there is room for all."""
@@ -88,8 +90,8 @@ class ShardScorer:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
             changes = [from_bytes(run.counterpart_tensors(query_id), folder) for query_id in self._query_ids]
-            parts = compiled(model, self._task) if run.spec.score.compile else None
-            engine = LossEngine(model, self._task, changes, room_bytes, parts)
+            blocks = compiled(model, self._task) if run.spec.score.compile else None
+            engine = LossEngine(model, self._task, changes, room_bytes, blocks)
         except (KeyError, ValueError) as error:
             raise ArtifactError(
                 f"a counterpart in {run.uri('counterparts')} does not fit the model: {error}"
@@ -227,18 +229,19 @@ class ShardScorer:
         """
         if kept_S is None:
             return None
-        if self._reproduces is None:
+        if self._engine.is_compiled not in self._reproduces:
             first = next(self._batches(inputs))
             own = Batch(np.arange(len(first.item_B)), first.arrays)
             with self._about(work):
                 own_B = self._engine.losses([own], ()).base_N
-            self._reproduces = own_B.tobytes() == kept_S[first.item_B].tobytes()
-            if not self._reproduces:
+            is_same = own_B.tobytes() == kept_S[first.item_B].tobytes()
+            self._reproduces[self._engine.is_compiled] = is_same
+            if not is_same:
                 said = (
                     "were computed with other code, libraries or hardware than this worker's: it computes its own anew"
                 )
                 say(f"warning: base losses in {self._run.spec.score.base_losses} {said}")
-        return kept_S if self._reproduces else None
+        return kept_S if self._reproduces[self._engine.is_compiled] else None
 
     def _about(self, work: Work) -> AbstractContextManager[None]:
         """Around what a task does with a shard."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ContractError
+from ..forwards import replaced
 from ..layers import entries_of
 from ..numerics import to_loss_dtype
 from ..observe import say
@@ -120,15 +121,8 @@ def _taken_out(head: nn.Module) -> Iterator[list[Tensor]]:
         handed.append(hidden)
         return hidden[..., :1]
 
-    before = head.__dict__.get("forward")
-    head.forward = keep
-    try:
+    with replaced({head: keep}):
         yield handed
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
 
 
 def _with_extras(model: nn.Module, head: nn.Module) -> _Head:

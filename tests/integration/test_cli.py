@@ -104,17 +104,24 @@ def test_what_was_calibrated_is_compared_with_what_it_took(make_spec, tmp_path):
 @compiles
 @pytest.mark.slow
 def test_a_rehearsal_of_a_long_run_says_what_compiling_would_do(make_spec, tmp_path, monkeypatch):
-    """Measured; with it on, or where the run is short, there is nothing to say."""
+    """Measured; with it on, where the run is short or the model has no blocks, there is nothing to say, or that."""
     path = tmp_path / "spec.yaml"
-    path.write_text(dump_spec(make_spec()))
-    assert "torch.compile" not in invoke("plan", str(path), "--calibrate").output
+
+    def said(*overrides):
+        path.write_text(dump_spec(make_spec(*overrides, "producer={name: unlearn}")))
+        return invoke("plan", str(path), "--calibrate").output
+
+    blocks = "model={factory: 'tests.unit.test_compiled:blocks'}"
+    assert "torch.compile" not in said(blocks)
     monkeypatch.setattr(rehearsal, "LONG_S", 0.0)
-    said = invoke("plan", str(path), "--calibrate").output
     measured = (
         r"torch.compile +score.compile: true would (?:not )?pay: batches are \d\S* times as fast, which saves \S+ "
     )
-    assert re.search(measured, said), said
-    assert "torch.compile" not in invoke("plan", str(path), "--calibrate", "--set", "score.compile=true").output
+    assert re.search(measured, said(blocks))
+    assert "torch.compile" not in said(blocks, "score.compile=true")
+    without = said()
+    assert "Sequential is scored as it is, not compiled: it has no blocks" in without
+    assert "torch.compile" not in without
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pipeline.storage import remove_folder
 from tests.conftest import compiles, read_scores, run_without_ray, tuned
 from tests.small import Small, work_off
 
+BLOCKS = "model={factory: 'tests.unit.test_compiled:blocks'}"
 NATURAL = "producer={name: natural, sample_rows: 64, damping: 0.1}"
 
 
@@ -46,18 +47,11 @@ def test_scores_of_short_steps_agree(make_spec, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "way=gradient",
-        pytest.param("way=jvp", marks=pytest.mark.slow),
-        pytest.param("compile=true", marks=[compiles, pytest.mark.slow]),
-    ],
-)
-def test_a_score_does_not_depend_on_the_shard_it_is_in(small, tmp_path, how):
+@pytest.mark.parametrize("way", ["gradient", pytest.param("jvp", marks=pytest.mark.slow)])
+def test_a_score_does_not_depend_on_the_shard_it_is_in(small, tmp_path, way):
     """To the bit, as for losses."""
     found = [
-        read_scores(work_off(freeze(small.spec(tmp_path / str(rows), f"score.{how}", f"score.shard_rows={rows}"))))
+        read_scores(work_off(freeze(small.spec(tmp_path / str(rows), f"score.way={way}", f"score.shard_rows={rows}"))))
         for rows in (1, 4, 13)
     ]
     assert found[0].equals(found[1])
@@ -67,16 +61,19 @@ def test_a_score_does_not_depend_on_the_shard_it_is_in(small, tmp_path, how):
 @compiles
 @pytest.mark.slow
 def test_compiled_scores_are_the_same_to_rounding(make_spec, tmp_path, capsys):
-    """On digits; the run is another one, and one that does not ask for it is what it was before it could."""
-    runs = [
-        run_without_ray(make_spec(f"run.uri={tmp_path / word}", f"score.compile={word}")) for word in ("false", "true")
-    ]
-    plain, compiled = map(read_scores, runs)
-    assert "compiled 1 Sequential in " in capsys.readouterr().err
-    assert plain["example_id"].equals(compiled["example_id"])
+    """Under any shard size the same to the bit; another run than one without, which is what it was before there were any."""
+
+    def scored(name, *overrides):
+        return run_without_ray(make_spec(f"run.uri={tmp_path / name}", BLOCKS, "producer={name: unlearn}", *overrides))
+
+    runs = [scored("plain"), scored("compiled", "score.compile=true")]
+    runs += [scored("shards", "score.compile=true", "score.shard_rows=13")]
+    assert 2 == capsys.readouterr().err.count("compiled 3 Block")
+    plain, compiled, shards = map(read_scores, runs)
+    assert compiled.equals(shards)
     for name in ("base_loss", "counterpart_loss", "score"):
         np.testing.assert_allclose(plain[name], compiled[name], atol=1e-5)
-    assert ["compile" in identity(run.spec)["score"] for run in runs] == [False, True]
+    assert ["compile" in identity(run.spec)["score"] for run in runs] == [False, True, True]
     assert runs[0].resolved.fingerprint != runs[1].resolved.fingerprint
 
 

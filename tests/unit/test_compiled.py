@@ -1,6 +1,7 @@
 """Blocks compiled: losses are those of the model as it is, to rounding; where it cannot be done nothing is lost."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 from jobs.digits import cnn
 from pipeline.batches import Batch
 from pipeline.blocks import compiled
+from pipeline.changes import LowRank
 from pipeline.engine import LossEngine
 from tests.conftest import compiles
 from tests.language import gpt
@@ -41,82 +43,109 @@ def blocks(kind=Block):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), *(kind() for _ in range(3)), nn.Linear(16, 10)).eval()
 
 
-def assert_same(model, task, counterparts, inputs):
-    """Losses with compiled parts are those without, and something was compiled; the engine, and the losses."""
-    batches = list(inputs.batches(BATCH_ROWS, 64))
-    expected = LossEngine(model, task, counterparts).losses(batches)
+def engine(model, task, counterparts, **keywords):
+    """One that compiles, in a process that has compiled nothing yet."""
     torch.compiler.reset()
     counters.clear()
-    engine = LossEngine(model, task, counterparts, compiled=compiled(model, task))
-    for _ in range(2):
-        got = engine.losses(batches)
-        np.testing.assert_allclose(got.base_N, expected.base_N, rtol=ROUNDING, atol=ROUNDING)
-        np.testing.assert_allclose(got.counterpart_QN, expected.counterpart_QN, rtol=ROUNDING, atol=ROUNDING)
-    assert counters["stats"]["unique_graphs"]
-    return engine, got
+    return LossEngine(model, task, counterparts, compiled=compiled(model, task), **keywords)
+
+
+def assert_close(got, expected):
+    """To rounding."""
+    np.testing.assert_allclose(got.base_N, expected.base_N, rtol=ROUNDING, atol=ROUNDING)
+    np.testing.assert_allclose(got.counterpart_QN, expected.counterpart_QN, rtol=ROUNDING, atol=ROUNDING)
+
+
+def assert_equal(got, expected):
+    """To the bit."""
+    assert np.array_equal(got.base_N, expected.base_N)
+    assert np.array_equal(got.counterpart_QN, expected.counterpart_QN)
 
 
 @compiles
-def test_blocks_run_compiled(capsys):
-    """All parameters of a model of three blocks are changed."""
-    model = blocks()
-    assert_same(model, TASK, [moved(model, ""), moved(model, "", seed=2)], images())
-    assert "compiled 3 Block in " in capsys.readouterr().err
+def test_blocks_run_compiled_once_for_all_that_are_alike(capsys):
+    """All parameters of a model of three blocks are changed: one graph, and losses of the model as it is."""
+    model, batches = blocks(), list(images().batches(BATCH_ROWS))
+    counterparts = [moved(model, ""), moved(model, "", seed=2)]
+    fast = engine(model, TASK, counterparts)
+    for _ in range(2):
+        assert_close(fast.losses(batches), LossEngine(model, TASK, counterparts).losses(batches))
+    assert 1 == counters["stats"]["unique_graphs"]
+    assert fast.is_compiled
+    assert "compiled 3 Block\n" == capsys.readouterr().err
+
+
+runs = {}
+
+
+@torch.library.custom_op("tests::counted", mutates_args=())
+def counted(x: torch.Tensor, block: int) -> torch.Tensor:
+    """The same; it is known how often it ran, compiled or not."""
+    runs[block] = runs.get(block, 0) + 1
+    return x.clone()
+
+
+counted.register_fake(lambda x, block: torch.empty_like(x))
 
 
 class Counted(Block):
     """A block that knows how often it ran."""
 
-    runs = 0
+    def __init__(self):
+        super().__init__()
+        self.number = len(runs)
+        runs[self.number] = 0
 
     def forward(self, x):
         """See Block."""
-        self.count()
-        return super().forward(x)
-
-    @torch.compiler.disable
-    def count(self):
-        """Once more."""
-        self.runs += 1
+        return super().forward(counted(x, self.number))
 
 
 @compiles
 def test_what_counterparts_share_is_still_computed_once():
     """Of base and two counterparts with another last block."""
-    model = blocks(Counted)
-    engine, _ = assert_same(model, TASK, [moved(model, "4"), moved(model, "4", seed=2)], images())
-    before = [block.runs for block in model[2:5]]
-    engine.losses(images().batches(BATCH_ROWS))
-    assert [BATCHES, BATCHES, 3 * BATCHES] == [
-        block.runs - runs for block, runs in zip(model[2:5], before, strict=True)
-    ]
+    runs.clear()
+    model, batches = blocks(Counted), list(images().batches(BATCH_ROWS))
+    counterparts = [moved(model, "4"), moved(model, "4", seed=2)]
+    fast = engine(model, TASK, counterparts)
+    assert_close(fast.losses(batches), LossEngine(model, TASK, counterparts).losses(batches))
+    assert fast.is_compiled
+    runs.update(dict.fromkeys(runs, 0))
+    fast.losses(batches)
+    assert {0: BATCHES, 1: BATCHES, 2: 3 * BATCHES} == runs
 
 
 @compiles
-def test_a_model_without_blocks_is_compiled_whole(capsys):
-    """The digits CNN; where counterparts share layers that stays as it is, which is said."""
-    model = cnn(16).eval()
-    assert_same(model, TASK, [moved(model, "")], images())
-    assert "compiled 1 Sequential in " in capsys.readouterr().err
-    last = [name for name, _ in model.named_parameters()][-1]
-    engine = LossEngine(model, TASK, [moved(model, last)], compiled=compiled(model, TASK))
-    engine.losses(images().batches(BATCH_ROWS))
-    said = capsys.readouterr().err
-    assert "Sequential has no blocks to compile, and what counterparts share with it is worth more" in said
+def test_groups_products_and_known_base_losses_run_compiled():
+    """Counterparts in turns and as products, and no pass of the base: to the bit what they are all at once."""
+    model, batches = blocks(), list(images().batches(BATCH_ROWS))
+    draw = torch.Generator().manual_seed(3)
+    product = LowRank(0.1 * torch.randn(16, 2, generator=draw), 0.1 * torch.randn(2, 16, generator=draw))
+    counterparts = [moved(model, ""), {"3.into.weight": product}, moved(model, "", seed=2)]
+    whole = engine(model, TASK, counterparts).losses(batches)
+    assert_close(whole, LossEngine(model, TASK, counterparts).losses(batches))
+    grouped = engine(model, TASK, counterparts, room_bytes=1)
+    assert 3 == len(grouped.groups)
+    assert_equal(grouped.losses(batches), whole)
+    assert grouped.is_compiled
+    assert_equal(engine(model, TASK, counterparts).losses(batches, base_S=whole.base_N), whole)
 
 
 @compiles
 def test_texts_of_all_lengths_run_compiled_whatever_came_before():
-    """One kernel for all shapes: losses are the same to the bit when the batches come in another order."""
-    model = gpt()
-    counterparts = [moved(model, "model.layers.1"), moved(model, "model.layers.1", seed=2)]
-    _, first = assert_same(model, CAUSAL, counterparts, texts())
-    batches = list(texts().batches(BATCH_ROWS, 64))
+    """One graph for all shapes: losses are the same to the bit when the batches come in another order."""
+    model, batches = gpt(), list(texts().batches(BATCH_ROWS, 64))
+    model.config.use_cache = False  # as the loader has it
     assert 1 < len({next(iter(batch.arrays.values())).shape for batch in batches})
-    torch.compiler.reset()
-    again = LossEngine(model, CAUSAL, counterparts, compiled=compiled(model, CAUSAL)).losses(batches[::-1])
-    assert np.array_equal(first.base_N, again.base_N)
-    assert np.array_equal(first.counterpart_QN, again.counterpart_QN)
+    counterparts = [moved(model, "model.layers.1"), moved(model, "model.layers.1", seed=2)]
+    found = []
+    for order in (batches, batches[::-1]):
+        fast = engine(model, CAUSAL, counterparts)
+        found.append(fast.losses(order))
+        assert 1 == counters["stats"]["unique_graphs"]
+        assert fast.is_compiled
+    assert_close(found[0], LossEngine(model, CAUSAL, counterparts).losses(batches))
+    assert_equal(*found)
 
 
 class Shy(Block):
@@ -127,68 +156,92 @@ class Shy(Block):
         return super().forward(x) + (1 if torch.compiler.is_compiling() else 0)
 
 
+class Apart(Block):
+    """Has a part that is not to be compiled, so that the block cannot be compiled whole."""
+
+    @torch.compiler.disable
+    def forward(self, x):
+        """See Block."""
+        return super().forward(x)
+
+
 @compiles
-def test_a_model_that_would_have_other_losses_is_scored_as_it_is(capsys):
-    """To the bit, also afterwards."""
-    model, batches = blocks(Shy), list(images().batches(BATCH_ROWS))
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (blocks(Shy), "its losses would be others"),
+        (blocks(Apart), "compiler.disable"),
+        (cnn(16).eval(), "it has no blocks"),
+    ],
+    ids=["another function", "not to be compiled", "no blocks"],
+)
+def test_a_model_that_does_not_bear_it_is_scored_as_it_is(model, why, capsys):
+    """To the bit, also afterwards; it is said once."""
+    batches = list(images().batches(BATCH_ROWS))
+    fast = engine(model, TASK, [moved(model, "")])
     expected = LossEngine(model, TASK, [moved(model, "")]).losses(batches)
-    engine = LossEngine(model, TASK, [moved(model, "")], compiled=compiled(model, TASK))
     for _ in range(2):
-        assert np.array_equal(expected.counterpart_QN, engine.losses(batches).counterpart_QN)
-    assert 1 == capsys.readouterr().err.count("is scored as it is, not compiled: its losses would be others")
+        assert_equal(fast.losses(batches), expected)
+    assert not fast.is_compiled
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "score.compile" in line]
+    assert said.startswith("warning: score.compile: Sequential is scored as it is, not compiled: ")
+    assert re.search(why, said)
 
 
 def test_a_batch_that_fails_leaves_the_model_as_it_was():
-    """Also while parts run compiled."""
+    """Also while blocks run compiled."""
     model = blocks()
-    engine = LossEngine(model, TASK, [moved(model, "")], compiled=compiled(model, TASK))
-    engine.losses(images().batches(BATCH_ROWS))
+    fast = engine(model, TASK, [moved(model, "")])
+    fast.losses(images().batches(BATCH_ROWS))
     with pytest.raises(KeyError):
-        engine.losses([Batch(np.arange(1), {"features": np.zeros((1, 1, 8, 8))})])
+        fast.losses([Batch(np.arange(1), {"features": np.zeros((1, 1, 8, 8))})])
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def ran(code, **environment):
+    """What a process of its own says."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert 0 == done.returncode, done.stderr
+    return done.stderr
+
+
 WITHOUT_A_COMPILER = """
-import numpy as np
 from tests.unit.test_compiled import *
 model, batches = blocks(), list(images().batches(BATCH_ROWS))
-plain = LossEngine(model, TASK, [moved(model, "")]).losses(batches)
-asked = LossEngine(model, TASK, [moved(model, "")], compiled=compiled(model, TASK)).losses(batches)
-assert np.array_equal(plain.counterpart_QN, asked.counterpart_QN)
+fast = engine(model, TASK, [moved(model, "")])
+assert_equal(fast.losses(batches), LossEngine(model, TASK, [moved(model, "")]).losses(batches))
 """
 
 
 def test_a_machine_without_a_compiler_scores_the_model_as_it_is(tmp_path):
     """It says what is missing."""
-    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_A_COMPILER], env=environment, capture_output=True, text=True)
-    assert 0 == done.returncode, done.stderr
-    assert "warning: score.compile: Sequential is scored as it is, not compiled: " in done.stderr
-    assert "no-such-compiler" in done.stderr
+    said = ran(WITHOUT_A_COMPILER, CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert "warning: score.compile: Sequential is scored as it is, not compiled: " in said
+    assert "no-such-compiler" in said
 
 
 WITHOUT_A_DISK = """
-import os, shutil
+import shutil
 from pathlib import Path
 from tests.unit.test_compiled import *
 model = blocks()
-plain, fast = (LossEngine(model, TASK, [moved(model, "")], compiled=each) for each in (None, compiled(model, TASK)))
-fast.losses(images().batches(BATCH_ROWS))
+plain, fast = LossEngine(model, TASK, [moved(model, "")]), engine(model, TASK, [moved(model, "")])
+before = fast.losses(images().batches(BATCH_ROWS))
 assert fast.is_compiled
 shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).write_text("no folder")
-for _ in range(2):
-    np.testing.assert_allclose(
-        fast.losses(images().batches(7)).counterpart_QN, plain.losses(images().batches(7)).counterpart_QN, rtol=ROUNDING
-    )
+batches = [*images().batches(BATCH_ROWS)]
+batches[-1:] = [Batch(batches[-1].item_B[i::2], {n: a[i::2] for n, a in batches[-1].arrays.items()}) for i in range(2)]
+assert_equal(fast.losses(iter(batches), base_S=before.base_N), plain.losses(batches))
+assert not fast.is_compiled
 """
 
 
 @compiles
-def test_what_cannot_be_compiled_later_runs_as_it_is(tmp_path):
-    """Another shape, when the disk is gone to which compilers write: no shard is lost for it, and it is logged."""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_A_DISK], env=environment, capture_output=True, text=True)
-    assert 0 == done.returncode, done.stderr
-    assert "compiled 3 Block in " in done.stderr
-    assert "FileExistsError" in done.stderr
+def test_what_cannot_be_compiled_later_ends_it_and_all_losses_are_made_anew(tmp_path):
+    """A shape comes that is new when the disk is gone to which compilers write: nothing is half of one code, half of another."""
+    said = ran(WITHOUT_A_DISK, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert "compiled 3 Block\n" in said
+    assert "warning: score.compile: Sequential is scored as it is, not compiled: " in said

@@ -63,6 +63,13 @@ def test_all_problems_are_reported_at_once_with_their_paths():
     assert ["model.dtype", "corpus.uri", "score.batch_rows"] == [line.strip().split(":")[0] for line in lines[1:]]
 
 
+@pytest.mark.parametrize("way", ["gradient", "jvp"])
+def test_what_would_not_be_compiled_is_not_to_be(way):
+    """A way that runs the model as it is."""
+    with pytest.raises(SpecError, match=f"score: compile goes with way difference: way {way} runs the model as it is"):
+        parse("score.compile=true", f"score.way={way}")
+
+
 def test_a_spec_is_frozen():
     """Nothing changes a parsed spec in place."""
     with pytest.raises(ValueError, match="frozen"):
