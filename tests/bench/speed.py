@@ -313,7 +313,7 @@ def main() -> None:
     for name in BESIDE_LOOPS if every or given.stage == [] else given.stage or ():
         publish("bench", stage(WORLDS[name](FOLDER)))
     for name in COMPILED if every or given.compiled == [] else given.compiled or ():
-        publish("bench", compiled(WORLDS[name](FOLDER)))
+        publish("bench", compiled(WORLDS[name](FOLDER / "compiled")))
     if every or given.growth:
         publish("bench", growth())
     for name in MATCHES if every or given.peers == [] else given.peers or ():
