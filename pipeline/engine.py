@@ -84,9 +84,14 @@ class LossEngine:
         return memory.free_bytes(self._device)
 
     @property
+    def compiled(self) -> Compiled | None:
+        """Blocks that run compiled, from the first batch on; null if that is not asked for, or failed."""
+        return self._passes.compiled
+
+    @property
     def is_compiled(self) -> bool:
-        """Whether blocks of the model run compiled: after the first batch."""
-        return self._passes.is_compiled
+        """Whether they do now."""
+        return self.compiled is not None and self.compiled.is_on
 
     def counterpart(self, position: int | None) -> AbstractContextManager[nn.Module]:
         """The model with one counterpart's tensors in place, for the time of the block; null for the base as it is."""
@@ -122,7 +127,7 @@ class LossEngine:
         Raises:
             ValueError: The task returned losses of another shape than [B], or in half precision.
         """
-        batches = list(batches) if self._passes.may_be_compiled else batches
+        batches = list(batches) if self.compiled else batches
         try:
             return self._by_groups(batches, positions, base_S, self._losses)
         except Exception as error:

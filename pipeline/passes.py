@@ -53,20 +53,15 @@ class Passes:
         self._kind = type(self._model).__name__
         self._compiled = compiled
         self._trunk: Trunk | None = Trunk(self._model, counterparts.changed, compiled.blocks if compiled else ())
-        self._is_trunk_tried = False
+        self._is_trunk_tried = self._is_compiled_tried = False
         sees_images = any(isinstance(module, nn.Conv2d) for module in self._model.modules())
         self._rounds_finely = counterparts.dtype.itemsize >= 4  # else the first batch's luck would decide, by SAME
         self._is_laid_out = not (sees_images and self._rounds_finely and counterparts.device.type == "cpu")
 
     @property
-    def may_be_compiled(self) -> bool:
-        """Whether that is asked for, and has not failed."""
-        return self._compiled is not None
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether blocks of the model run compiled: after the first batch."""
-        return self._compiled is not None and self._compiled.is_on
+    def compiled(self) -> Compiled | None:
+        """Blocks that run compiled, from the first batch on; null if that is not asked for, or failed."""
+        return self._compiled
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -84,8 +79,9 @@ class Passes:
             if not self._bears_trunk(self._trunk, tensors, [positions[0], *{positions[1], positions[-1]}]):
                 self._trunk = None
             self._is_trunk_tried = True
-        if positions and self._compiled is not None and not self._compiled.is_on:
+        if positions and self._compiled is not None and not self._is_compiled_tried:
             self._try_compiled(self._compiled, tensors, positions[0])
+            self._is_compiled_tried = True
         if len(positions) < 2 or self._trunk is None:
             return [self._pass(tensors, position) for position in positions]
         return self._shared_passes(self._trunk, tensors, positions)
@@ -174,10 +170,10 @@ class Passes:
 
     def gives_up_compiling(self, error: Exception) -> bool:
         """Whether it was on when something failed, as for a shape that is new, or a full disk; it is off then, which is said."""
-        was_on, compiled = self.is_compiled, self._compiled
-        if was_on and compiled is not None:
-            self._leave_uncompiled(compiled, first_line(error))
-        return was_on
+        if self._compiled is None or not self._compiled.is_on:
+            return False
+        self._leave_uncompiled(self._compiled, first_line(error))
+        return True
 
     def _leave_uncompiled(self, compiled: Compiled, reason: str) -> None:
         compiled.is_on, self._compiled = False, None

@@ -175,17 +175,17 @@ class _Trial:
         """
         work, (_, inputs), _ = self._shard()
         engine, batches = self._engine(device, compile=True)[0], self._batches(inputs)
-        say(f"scoring them once more, compiled, for about {spoken(MEASURED_S)}")
+        say(f"scoring some compiled, and as they are, for about {spoken(2 * MEASURED_S)}")
         with self._about(work):
             first_s = _timed(lambda: engine.losses(batches[:1], [0]))[1]
-            if not engine.is_compiled:
-                return None
-            base_s, compute_s = _passes(engine, batches, len(self.run.query_ids), "difference")
-        there = replace(timing, base_s=base_s, way_s={"difference": compute_s})
+            times = _times(engine, batches)
+        if times is None:
+            return None
+        compute_s = timing.way_s["difference"] / times
+        there = replace(timing, base_s=timing.base_s / times, way_s={"difference": compute_s})
         with_it = forecast(
             plain.fingerprint, replace(plan, kept=0), there, plain.workers
         )  # losses that are kept are others
-        times = timing.way_s["difference"] / compute_s
         return Compiling(plan.members * first_s, times, plain.score_s - with_it.score_s)
 
     def _batches(self, inputs: Inputs) -> list[Batch]:
@@ -279,6 +279,20 @@ def _passes(engine: LossEngine, batches: Sequence[Batch], queries: int, way: Way
         if time.perf_counter() > until_s:
             break
     return len(batches) * float(np.mean(bases_s)), len(batches) * float(np.mean(wholes_s))
+
+
+def _times(engine: LossEngine, batches: Sequence[Batch]) -> float | None:
+    """How many times as fast batches are compiled, the median of pairs; null if the model does not bear it."""
+    blocks, pairs, until_s = engine.compiled, list[float](), time.perf_counter() + 2 * MEASURED_S
+    for position in np.random.default_rng(0).permutation(len(batches)):
+        if blocks is None or time.perf_counter() > until_s:
+            break
+        batch, seconds = [batches[position]], list[float]()
+        for blocks.is_on in (False, True):
+            engine.losses(batch, [0])  # a shape may be new, and is compiled
+            seconds.append(min(_timed(lambda: engine.losses(batch, [0]))[1] for _ in range(2)))  # noqa: B023  done before the next
+        pairs.append(seconds[0] / seconds[1])
+    return float(np.median(pairs)) if engine.compiled is not None else None
 
 
 def _each_way(way: Way, compute_s: float, found: Calibration | None) -> dict[Way, float]:
