@@ -47,6 +47,10 @@ class Compiled:
         with of_any_kind, apart, replaced(self._forwards):
             yield
 
+    def is_blamed(self, error: RuntimeError) -> bool:
+        """Whether it is the compiler that failed, not what it compiled or what runs beside it."""
+        return self.is_on and isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
     def _either(self, forward: Forward) -> Forward:
         @cache  # not before it is wanted: the compiler takes seconds to load
         def fast() -> Forward:

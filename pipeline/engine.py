@@ -130,7 +130,7 @@ class LossEngine:
         batches = list(batches) if self.compiled else batches
         try:
             return self._by_groups(batches, positions, base_S, self._losses)
-        except Exception as error:
+        except RuntimeError as error:
             if not self._passes.gives_up_compiling(error):
                 raise
             return self._by_groups(batches, positions, None, self._losses)  # all of them by the same code

@@ -168,9 +168,9 @@ class Passes:
         else:
             say(f"compiled {compiled.told}")
 
-    def gives_up_compiling(self, error: Exception) -> bool:
-        """Whether it was on when something failed, as for a shape that is new, or a full disk; it is off then, which is said."""
-        if self._compiled is None or not self._compiled.is_on:
+    def gives_up_compiling(self, error: RuntimeError) -> bool:
+        """Whether the compiler failed, as for a shape that is new, or a full disk; it is off then, which is said."""
+        if self._compiled is None or not self._compiled.is_blamed(error):
             return False
         self._leave_uncompiled(self._compiled, first_line(error))
         return True

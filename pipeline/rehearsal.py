@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
@@ -143,7 +144,7 @@ class _Trial:
     def score(self, device: str, given: Way | None, once_s: float, query_s: float) -> Timing:
         """What an actor takes for a shard."""
         run, section = self.run, self.run.spec.score
-        work, (examples, inputs), read_s = self._shard()
+        work, (examples, inputs), read_s = self._shard
         (engine, room_bytes), queries = self._engine(device, section.compile), len(run.query_ids)
         batches = self._batches(inputs)
         say(f"scoring batches of {work.shard.path} under {queries:,} queries, for about {spoken(MEASURED_S)}")
@@ -173,7 +174,7 @@ class _Trial:
             plan: The run's figures.
             timing: What was measured without.
         """
-        work, (_, inputs), _ = self._shard()
+        work, (_, inputs), _ = self._shard
         engine, batches = self._engine(device, compile=True)[0], self._batches(inputs)
         say(f"scoring some compiled, and as they are, for about {spoken(2 * MEASURED_S)}")
         with self._about(work):
@@ -183,9 +184,8 @@ class _Trial:
             return None
         compute_s = timing.way_s["difference"] / times
         there = replace(timing, base_s=timing.base_s / times, way_s={"difference": compute_s})
-        with_it = forecast(
-            plain.fingerprint, replace(plan, kept=0), there, plain.workers
-        )  # losses that are kept are others
+        # Base losses that are kept are those of the model as it is.
+        with_it = forecast(plain.fingerprint, replace(plan, kept=0), there, plain.workers)
         return Compiling(plan.members * first_s, times, plain.score_s - with_it.score_s)
 
     def _batches(self, inputs: Inputs) -> list[Batch]:
@@ -196,6 +196,7 @@ class _Trial:
             for batch in inputs.batches(section.batch_rows, section.batch_tokens)
         ]
 
+    @cached_property
     def _shard(self) -> tuple[Work, tuple[Examples, Inputs], float]:
         """The first shard that can be read, what is in it, and the seconds that this took."""
         run, corpus, task = self.run, Corpus(self.run.spec.corpus), load_task(self.run.spec.task)

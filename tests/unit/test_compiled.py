@@ -188,14 +188,17 @@ def test_a_model_that_does_not_bear_it_is_scored_as_it_is(model, why, capsys):
     assert re.search(why, said)
 
 
-def test_a_batch_that_fails_leaves_the_model_as_it_was():
-    """Also while blocks run compiled."""
+@compiles
+def test_a_batch_that_fails_leaves_the_model_as_it_was(capsys):
+    """Also while blocks run compiled, as they do afterwards: it is not the compiler's fault."""
     model = blocks()
     fast = engine(model, TASK, [moved(model, "")])
     fast.losses(images().batches(BATCH_ROWS))
     with pytest.raises(KeyError):
         fast.losses([Batch(np.arange(1), {"features": np.zeros((1, 1, 8, 8))})])
     assert all("forward" not in module.__dict__ for module in model.modules())
+    assert fast.is_compiled
+    assert "not compiled" not in capsys.readouterr().err
 
 
 def ran(code, **environment):
