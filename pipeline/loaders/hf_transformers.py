@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import ContractError, InputError, first_line
+from ..errors import ContractError, InputError, SpecError, first_line
 from ..importing import extra
-from ..model_folder import local_copy
+from ..model_folder import load_error, local_copy
 from .base import require_fit
 
 
@@ -23,7 +24,7 @@ class HfTransformers:
         dtype: torch dtype name.
         adapter_uri: Folder of a PEFT adapter that is part of the base model; null for none.
         device_map: How accelerate spreads the model over the worker's GPUs; null for all of it on one.
-        attention: Name of transformers' attention implementation.
+        attention: Name of transformers' attention implementation; null for its own choice.
     """
 
     def __init__(
@@ -32,29 +33,35 @@ class HfTransformers:
         dtype: str = "float32",
         adapter_uri: str | None = None,
         device_map: str | None = None,
-        attention: str = "sdpa",
+        attention: str | None = None,
     ) -> None:
         self._uri, self._adapter_uri = weights_uri, adapter_uri
         self._dtype, self._device_map, self._attention = dtype, device_map, attention
 
     def load(self, device: str, seed: int) -> nn.Module:
-        """See Loader. No code that lies beside the weights is ever run."""
+        """See Loader. No code that lies beside the weights is ever run.
+
+        Raises:
+            SpecError: transformers has not the attention that is asked for, or is not installed.
+            InputError: The folder cannot be read, or asks for code of its own.
+            ContractError: It holds no language model, or weights that do not fit it.
+        """
         with extra("hf", "model.loader hf_transformers"):
             from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
             from transformers.utils.logging import disable_progress_bar
         disable_progress_bar()  # its own, between the lines of ours
         place = local_copy(self._uri)
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            config = AutoConfig.from_pretrained(place, **options)
+            config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{self._uri}: {first_line(error)}") from error
+            raise load_error(self._uri, f"{self._uri} cannot be loaded", error, _hint(place)) from error
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         if type(config) not in kind._model_mapping:
             raise ContractError(
                 f"{self._uri} is a {config.model_type} model, which transformers knows as no language model",
                 "give a causal or sequence-to-sequence checkpoint, or load it with loader: torch_module",
             )
+        _require_attention(kind._model_mapping[type(config)], self._attention)
         spread = self._device_map if device != "cpu" else None
         try:
             model, said = kind.from_pretrained(
@@ -66,15 +73,32 @@ class HfTransformers:
                 device_map=spread,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
-                **options,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise InputError(f"{self._uri} cannot be loaded: {first_line(error)}") from error
+            raise load_error(self._uri, f"{self._uri} cannot be loaded", error) from error
         _require_whole(self._uri, type(model).__name__, said)
         model.config.use_cache = False  # keys and values are for texts that go on
         if self._adapter_uri is not None:
             model = merged(model, self._adapter_uri)
         return (model if spread else model.to(device)).eval()
+
+
+def _hint(place: str) -> str:
+    adapter = os.path.exists(f"{place}/adapter_config.json") and not os.path.exists(f"{place}/config.json")
+    return "it is a PEFT adapter: name it as model.adapter_uri, and its base model as model.weights_uri" * adapter
+
+
+def _require_attention(kind: Any, attention: str | None) -> None:
+    """See that transformers has the attention that the spec asks for. Raises SpecError."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    flag = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(attention or "")
+    if flag is not None and not any(getattr(each, flag, True) for each in kinds):
+        raise SpecError(
+            f"model.attention: transformers has no {attention} for {kinds[0].__name__}",
+            "leave model.attention out: the attention is then what transformers has for this model",
+        )
 
 
 def merged(model: nn.Module, adapter_uri: str) -> nn.Module:
@@ -93,7 +117,7 @@ def merged(model: nn.Module, adapter_uri: str) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers by an old name
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
-            adapted = PeftModel.from_pretrained(model, path, local_files_only=True)
+            adapted = PeftModel.from_pretrained(model, path, local_files_only=True, trust_remote_code=False)
     except (OSError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"adapter {adapter_uri} cannot be loaded: {first_line(error)}") from error
     except (ValueError, RuntimeError) as error:

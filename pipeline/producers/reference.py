@@ -54,7 +54,9 @@ class Reference:
             return model
         floats = (parameter for parameter in base.parameters() if parameter.is_floating_point())
         first = next(floats, torch.empty(0))
-        return HfTransformers(self._weights_uri, str(first.dtype).removeprefix("torch.")).load(first.device.type, 0)
+        dtype, attention = str(first.dtype).removeprefix("torch."), getattr(base, "config", None)
+        attention = getattr(attention, "_attn_implementation", None)  # another kernel rounds in another way
+        return HfTransformers(self._weights_uri, dtype, attention=attention).load(first.device.type, 0)
 
 
 def _require_alike(base: Mapping[str, Tensor], other: Mapping[str, Tensor], origin: str) -> None:

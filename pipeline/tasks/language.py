@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Ragged, Sequences
-from ..errors import ContractError, SpecError
+from ..errors import ContractError
 from ..records import Column
 from .base import Batch
 from .text import Text
@@ -64,12 +64,7 @@ class CausalLM:
             if name is not None
         )
         self._text, self.per_token = Text(self.tokenizer_uri, self.config_uri), self.reduction == "mean"
-        if self.max_tokens is None:
-            self.max_tokens = self._text.context
-        elif self.max_tokens > (self._text.positions or self.max_tokens):
-            raise SpecError(
-                f"task.max_tokens: got {self.max_tokens:,}, the model has places for {self._text.positions:,}"
-            )
+        self.max_tokens = self._text.longest("task.max_tokens", self.max_tokens)
         if self._kind != "tokens":
             self._text.require(template=self._kind == "messages")
 
@@ -177,11 +172,15 @@ class Seq2Seq:
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
-        """Raises SpecError, InputError: there is no tokenizer."""
+        """Raises SpecError, InputError: there is no tokenizer, or more tokens than the model has places for."""
         self._text, self.per_token = Text(self.tokenizer_uri, self.config_uri), self.reduction == "mean"
         self._text.require()
-        self.max_tokens = self.max_tokens or self._text.context
-        self._sizes = (self.max_tokens, self.max_target_tokens or self.max_tokens)
+        longest = self._text.longest
+        self.max_tokens = longest("task.max_tokens", self.max_tokens, "encoder")
+        if self.max_target_tokens is not None:
+            longest("task.max_target_tokens", self.max_target_tokens, "decoder")
+        targets = (self.max_target_tokens or self.max_tokens, self._text.tables[1])
+        self._sizes = (self.max_tokens, min((size for size in targets if size is not None), default=None))
 
     def columns(self) -> list[Column]:
         """See Task."""

@@ -6,15 +6,21 @@ import os
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
-from typing import Any
+from itertools import takewhile
+from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import InputError, SpecError, first_line
 from ..importing import extra
-from ..model_folder import TOKENIZER_FILES, local_copy, read_config
+from ..model_folder import TOKENIZER_FILES, load_error, local_copy, read_config
+from .positions import config_positions, is_scaled, table_sizes
 
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+_VOCABULARIES = (
+    "tokenizer.json", "*.model", "vocab.*", "vocab-*.json", "*_vocab.json", "dict.txt", "*.tiktoken", "*.spm", "*.codes",
+    "*.tokenizer",
+)  # fmt: skip
+_NO_TOKENIZER = "save one there with tokenizer.save_pretrained(...), or name another folder: task.tokenizer_uri"
 _SPACE = "\u2581"
 """What SentencePiece writes for a space."""
 UNLIMITED = 1 << 24
@@ -33,32 +39,39 @@ class Text:
     """
 
     def __init__(self, uri: str | None, config_uri: str | None = None) -> None:
-        self._uri, config_uri = uri, config_uri or uri
-        self._config = read_config(config_uri) if config_uri is not None else {}
+        self._uri, self._config_uri = uri, config_uri or uri
+        self._config = read_config(self._config_uri) if self._config_uri is not None else {}
 
     @cached_property
     def _has_vocabulary(self) -> bool:
-        """Without one, transformers makes an empty tokenizer."""
+        """Whether the folder has a tokenizer; of a folder without one nothing is loaded."""
         if self._uri is None:
             return False
         names = os.listdir(local_copy(self._uri, TOKENIZER_FILES))
-        return any(fnmatch(name, pattern) for name in names for pattern in _VOCABULARIES)
+        if any(fnmatch(name, pattern) for name in names for pattern in _VOCABULARIES):
+            return True
+        # Bytes and characters need no vocabulary: ByT5, CANINE. Of other classes transformers makes an empty tokenizer.
+        return "tokenizer_config.json" in names and not type(self._load()).vocab_files_names
 
-    @cached_property
-    def _tokenizer(self) -> Any:
+    def _load(self) -> Any:
         with extra("hf", "task"):
             from transformers import AutoTokenizer
 
         assert self._uri is not None
+        place = local_copy(self._uri, TOKENIZER_FILES)
         try:
-            if not self._has_vocabulary:
-                raise ValueError("there is no vocabulary in it, such as tokenizer.json")
-            return AutoTokenizer.from_pretrained(local_copy(self._uri, TOKENIZER_FILES), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+            raise load_error(self._uri, f"no tokenizer can be read from {self._uri}", error, _NO_TOKENIZER) from error
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        if not self._has_vocabulary:
             raise InputError(
-                f"no tokenizer can be read from {self._uri}: {first_line(error)}",
-                "save one there with tokenizer.save_pretrained(...), or name another folder: task.tokenizer_uri",
-            ) from error
+                f"no tokenizer can be read from {self._uri}: there is no vocabulary in it, such as tokenizer.json",
+                _NO_TOKENIZER,
+            )
+        return self._load()
 
     def require(self, template: bool = False) -> None:
         """See that there is a tokenizer, with a template for conversations if asked. Raises SpecError, InputError."""
@@ -70,15 +83,40 @@ class Text:
                 f"the tokenizer in {self._uri} has no chat template", "use task.text with conversations as text"
             )
 
-    @property
-    def positions(self) -> int | None:
-        """Places that the model's config has for tokens; null if it does not say."""
-        return self._config.get("max_position_embeddings") or self._config.get("n_positions")
+    @cached_property
+    def tables(self) -> tuple[int | None, int | None]:
+        """Tokens for which an encoder's and a decoder's table of positions have a row; null where there is none."""
+        return table_sizes(self._config_uri, self._config) if self._config_uri is not None else (None, None)
+
+    def longest(self, field: str, asked: int | None, side: Literal["encoder", "decoder"] | None = None) -> int | None:
+        """Tokens that a sequence may have: as many as are asked for, else as the model was made for; null if nothing says.
+
+        Args:
+            field: Of the spec, for messages.
+            asked: What is in it.
+            side: Of a sequence-to-sequence model; null for another.
+
+        Raises:
+            SpecError: More are asked for than the model has positions for.
+        """
+        table = self.tables[0 if side == "encoder" else 1]
+        if asked is None:
+            known = [size for size in (table, self._context) if size is not None]
+            return min(known, default=None)
+        said = None if side is not None or is_scaled(self._config) else config_positions(self._config)
+        limit = said if table is None else table
+        if limit is not None and asked > limit:
+            raise SpecError(
+                f"{field}: got {asked:,}, the model has places for {limit:,}",
+                "lower it; a table of positions ends there, and positions that are computed serve more only where the "
+                "model's config scales them (rope_parameters)",
+            )
+        return asked
 
     @property
-    def context(self) -> int | None:
-        """Tokens that the model was made for; null if nothing says."""
-        said = self.positions
+    def _context(self) -> int | None:
+        """Tokens that the model was made for by its config or tokenizer."""
+        said = config_positions(self._config)
         if said is None and self._has_vocabulary:
             said = getattr(self._tokenizer, "model_max_length", None)
         return int(said) if said and said < UNLIMITED else None
@@ -128,7 +166,9 @@ class Text:
                 inside = (stop <= len(prompts[i]) for _, stop in out["offset_mapping"][i])
                 yield ids, next((at for at, of_prompt in enumerate(inside) if not of_prompt), len(ids))
             else:
-                yield ids, len(self._tokenizer(prompts[i], add_special_tokens=special_tokens)["input_ids"])
+                alone = self._tokenizer(prompts[i], add_special_tokens=special_tokens)["input_ids"]
+                alike = takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids, strict=False))
+                yield ids, len(list(alike))  # alone, a prompt may end with a special token
 
     def targets(self, texts: np.ndarray) -> list[list[int]]:
         """Token ids of what a sequence-to-sequence model should answer."""

@@ -50,7 +50,7 @@ class World:
         from transformers import AutoTokenizer
 
         draw = random.Random(0)
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         lengths = [draw.randint(SHORTEST, LONGEST) for _ in range(texts)]
         self.texts = [" ".join(draw.choices(_WORDS.split(), k=length)) for length in lengths]
         self.ids = [torch.tensor(ids) for ids in self.tokenizer(self.texts)["input_ids"]]

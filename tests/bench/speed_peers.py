@@ -172,7 +172,12 @@ def smollm2() -> Path:
         from transformers import AutoTokenizer
 
         words = [" ".join(chance.choice(WORDS.split(), SMOLLM2_TOKENS)) for _ in range(SMOLLM2_ROWS + QUERIES)]
-        rows = np.array([ids[:SMOLLM2_TOKENS] for ids in AutoTokenizer.from_pretrained(SMOLLM2)(words)["input_ids"]])
+        rows = np.array(
+            [
+                ids[:SMOLLM2_TOKENS]
+                for ids in AutoTokenizer.from_pretrained(SMOLLM2, trust_remote_code=False)(words)["input_ids"]
+            ]
+        )
         _write(folder, rows[:SMOLLM2_ROWS], rows[SMOLLM2_ROWS:, :QUERY_TOKENS], SMOLLM2, "bfloat16")
     return folder
 

@@ -1,6 +1,8 @@
 """Loader hf_transformers: weights come back to the bit, what does not fit is refused by name, no code in a folder is run."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 
 from jobs.seaweed import upload
 from pipeline.choices import HfTransformers, TorchModule
-from pipeline.errors import ContractError, InputError
-from pipeline.extensions import load_model
+from pipeline.errors import ContractError, InputError, SpecError
+from pipeline.extensions import load_model, load_task
 from tests.contract.test_loaders import Payload, same_bits
 from tests.language import gpt, saved, t5
+from tests.unit.test_spec import parse
 
 
 def load(uri, **fields):
@@ -121,6 +124,105 @@ def test_a_folder_without_safetensors_is_refused(tmp_path):
     with pytest.raises(InputError, match="safetensors"):
         load(tmp_path)
     assert not proof.exists()
+
+
+CODE = """
+from pathlib import Path
+Path({proof!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Config(LlamaConfig): pass
+class Model(LlamaForCausalLM): pass
+class Tokenizer(PreTrainedTokenizerFast): pass
+"""
+
+
+@pytest.fixture
+def with_code(tmp_path, monkeypatch):
+    """`with_code(file, **fields)`: a model's folder with these fields in a file of it, and code that would leave `proof`.
+
+    Standard input is a terminal on which somebody has typed yes.
+    """
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    master, terminal = os.openpty()
+    os.write(master, b"y\n" * 4)
+    folder, proof = Path(saved(gpt(), tmp_path / "model")), tmp_path / "proof"
+    (folder / "own.py").write_text(CODE.format(proof=str(proof)))
+
+    def change(name, **fields):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**found, **fields}))
+        return str(folder), proof
+
+    with os.fdopen(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield change
+    os.close(master)
+
+
+OWN = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+
+
+def test_a_model_that_asks_for_code_is_refused_on_a_terminal_too(with_code):
+    """With a sentence that names the file; transformers, left alone, asks there, and runs it on one key."""
+    folder, proof = with_code("config.json", model_type="own", auto_map=OWN)
+    with pytest.raises(
+        InputError, match=r"code of its own, which is never run \(auto_map in config\.json: .*own\.Config"
+    ):
+        load(folder)
+    assert not proof.exists()
+    from transformers import AutoConfig
+
+    left_alone = AutoConfig.from_pretrained
+    left_alone(folder)
+    assert proof.exists()  # the code was real, and somebody had said yes
+
+
+def test_a_tokenizer_that_asks_for_code_is_refused_on_a_terminal_too(with_code):
+    """As the model is."""
+    folder, proof = with_code(
+        "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Tokenizer", None]}
+    )
+    with pytest.raises(InputError, match=r"code of its own, which is never run \(auto_map in tokenizer_config\.json"):
+        load_task(parse(task={"name": "causal_lm", "tokenizer_uri": folder}).task)
+    assert not proof.exists()
+
+
+def test_code_beside_a_model_that_transformers_knows_is_not_run(with_code):
+    """Many folders name both: the class that transformers has is taken, and the weights fit it."""
+    folder, proof = with_code("config.json", auto_map=OWN)
+    with_code("tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Tokenizer", None]})
+    assert torch.equal(logits(gpt()), logits(load(folder)))
+    load_task(parse(task={"name": "causal_lm", "tokenizer_uri": folder}).task)
+    assert not proof.exists()
+
+
+def test_a_model_gets_the_attention_that_transformers_has_for_it(tmp_path):
+    """sdpa where there is one, else eager; a kernel that its config names is not asked for. By the spec: refused by name."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    small = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    Gemma2ForCausalLM(
+        Gemma2Config(**small, num_attention_heads=2, num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    ).save_pretrained(tmp_path / "gemma2")
+    assert "eager" == load(tmp_path / "gemma2").config._attn_implementation
+    with pytest.raises(SpecError, match=r"model\.attention: transformers has no sdpa for Gemma2ForCausalLM") as caught:
+        load(tmp_path / "gemma2", attention="sdpa")
+    assert "leave model.attention out" in caught.value.hint
+    folder = Path(saved(gpt(), tmp_path / "gpt"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "somebody/kernel"}))
+    assert "sdpa" == load(folder).config._attn_implementation
+    assert "eager" == load(folder, attention="eager").config._attn_implementation
+
+
+def test_an_adapter_in_place_of_a_model_is_refused_with_the_field_for_it(tmp_path):
+    """An adapter's folder has no config of a model."""
+    adapter(gpt(), tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded") as caught:
+        load(tmp_path)
+    assert "model.adapter_uri" in caught.value.hint
 
 
 def test_damaged_weights_are_refused(tmp_path):

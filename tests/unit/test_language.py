@@ -435,3 +435,97 @@ def test_a_model_without_a_decoder_is_no_sequence_to_sequence_model(folder):
     sequences = lm.encode({"text": objects("Who?"), "target": objects("Ada.")})
     with pytest.raises(ContractError, match=r"no decoder_start_token_id(.|\n)*causal_lm"):
         losses(lm, gpt(), sequences)
+
+
+# --- positions ---------------------------------------------------------------------------------------------------------
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+PLACES = 20
+
+
+def decoder(kind, **fields):
+    """A causal model of one of transformers' classes, with 20 positions by its config."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{"max_position_embeddings": PLACES, **SMALL, **fields})
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "places"),
+    [
+        ("Roberta", {"is_decoder": True, "intermediate_size": 32}, 18),
+        ("XLMRoberta", {"is_decoder": True, "intermediate_size": 32, "pad_token_id": 3}, 16),
+        ("Data2VecText", {"is_decoder": True, "intermediate_size": 32}, 18),
+        ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 16}, 20),
+        ("BioGpt", {"intermediate_size": 32}, 20),
+        ("GPT2", {"bos_token_id": 0, "eos_token_id": 0}, 20),
+    ],
+)
+def test_texts_are_cut_to_the_positions_that_a_model_has(kind, fields, places, tmp_path):
+    """Which its config's number is not where rows of the table stand for padding; the loss is the model's own."""
+    model = decoder(kind, **fields)
+    folder = saved(model, tmp_path)
+    lm = task(folder)
+    sequences = encode(lm, long_text())
+    assert (places, 1) == (sequences.whole()["input_ids"].shape[1], sequences.overlong)
+    expected = own_loss(model, tokenizer()(long_text())["input_ids"][:places])
+    assert expected == pytest.approx(losses(lm, model, sequences)[0], abs=1e-5)
+    with pytest.raises(SpecError, match=rf"max_tokens: got {places + 1}, the model has places for {places}"):
+        task(folder, max_tokens=places + 1)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": PLACES},
+    ],
+)
+def test_positions_that_a_config_scales_serve_as_many_tokens_as_are_asked_for(rope, tmp_path):
+    """Rotary positions are computed: by default a text is as long as the config says, by the spec it may be longer."""
+    rope = {"rope_theta": 10000.0, **rope}
+    model = decoder("Llama", num_key_value_heads=2, intermediate_size=32, rope_parameters=rope)
+    folder = saved(model, tmp_path)
+    assert PLACES == encode(task(folder), long_text()).whole()["input_ids"].shape[1]
+    lm = task(folder, max_tokens=4 * PLACES)
+    ids = tokenizer()(long_text())["input_ids"][: 4 * PLACES]
+    assert own_loss(model, ids) == pytest.approx(losses(lm, model, encode(lm, long_text()))[0], abs=1e-5)
+
+
+def test_source_and_target_are_cut_to_the_positions_of_encoder_and_decoder(tmp_path):
+    """LED's differ; more than there are is refused before any text is read."""
+    from transformers import LEDConfig, LEDForConditionalGeneration
+
+    sides = {
+        f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
+    }
+    places = {"max_encoder_position_embeddings": 40, "max_decoder_position_embeddings": PLACES}
+    config = LEDConfig(vocab_size=VOCABULARY, d_model=16, attention_window=[4], **sides, **places)
+    folder = saved(LEDForConditionalGeneration(config), tmp_path)
+
+    def seq2seq(**fields):
+        return load_task(parse(task={"name": "seq2seq", "tokenizer_uri": folder, **fields}).task)
+
+    sequences = seq2seq().encode({"text": objects(long_text()), "target": objects(long_text())})
+    assert [40, PLACES] == [sequences.columns[name].length_S[0] for name in ("input_ids", "labels")]
+    for name, there in (("max_tokens", 40), ("max_target_tokens", PLACES)):
+        with pytest.raises(SpecError, match=rf"task\.{name}: got {there + 1}, the model has places for {there}"):
+            seq2seq(**{name: there + 1})
+
+
+def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path):
+    """ByT5's: a prompt's bytes do not count; one of another class without its files is none."""
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path / "bytes")
+    lm = task(str(tmp_path / "bytes"), prompt="ask")
+    sequences = encode(lm, "Öl", "ab", prompt=["eh", ""])
+    assert [len("Öl".encode()) + 1, len("ab") + 1 - 1] == sequences.num_tokens_N.tolist()  # an end; a first has no loss
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "none" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(InputError, match="there is no vocabulary in it"):
+        task(str(tmp_path / "none"))

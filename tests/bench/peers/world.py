@@ -224,7 +224,9 @@ def _made(factory: str, folder: Path) -> tuple[Callable[[], nn.Module], dict[str
 def _pretrained(folder: str, dtype: str) -> tuple[Callable[[], nn.Module], dict[str, Tensor]]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+    )
     return partial(copy.deepcopy, model), {}
 
 
