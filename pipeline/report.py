@@ -21,6 +21,7 @@ from . import noise
 from .artifacts import Run
 from .decode import decode_value
 from .ensemble import number_of_members
+from .folder import PAGE_COMMENT, with_digest_line
 from .picture import Strip, Tile, contact_sheet, picture_of, to_png
 from .records import LOSSES, RANKED, Column
 
@@ -48,7 +49,7 @@ def report(run: Run) -> None:
     image = picture_column(run, ranked)
     if image is not None:
         run.write(_sheet(run, ranked, meta, image), "report", "contact_sheet.png")
-    run.write(_page(run, ranked, meta, image).encode(), "report", "index.html")
+    run.write(with_digest_line(_page(run, ranked, meta, image), PAGE_COMMENT), "report", "index.html")
 
 
 def picture_column(run: Run, ranked: pa.Table) -> Column | None:
