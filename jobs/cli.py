@@ -287,20 +287,21 @@ def guarded(action: typer.Typer) -> int:
     """Run a command line; the exit code says what kind of error it was (pipeline/errors.py)."""
     sys.path.insert(0, os.getcwd())  # your own tasks, producers and factories are named relative to where you stand
     from pipeline.errors import PipelineError
-    from pipeline.observe import without_credentials
+    from pipeline.observe import for_terminal, without_credentials
 
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         action(standalone_mode=True)
     except PipelineError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(for_terminal(f"error: {error}") + "\n")
         return error.exit_code
     except _Stopped as stopped:
-        words = without_credentials(shlex.join(sys.orig_argv))
-        sys.stderr.write(f"stopped; what is committed stays, and the same command goes on from there:\n  {words}\n")
+        words = shlex.join(map(without_credentials, sys.orig_argv))
+        again = f"stopped; what is committed stays, and the same command goes on from there:\n  {words}"
+        sys.stderr.write(for_terminal(again) + "\n")
         return 128 + int(stopped.args[0])
     except Exception:  # noqa: BLE001  the last line of defence: a bug of ours, shown whole
-        traceback.print_exc()
+        sys.stderr.write(for_terminal(traceback.format_exc()) + "\n")
         sys.stderr.write("this is a bug in mirrorscope, not in your spec; the lines above say where\n")
         return 1
     finally:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import forecast, noise, storage
 from pipeline.artifacts import Run
 from pipeline.checks import Audit
 from pipeline.ensemble import FOLDER, member_name, members_of, number_of_members
 from pipeline.errors import InputError, SpecError
+from pipeline.observe import for_terminal, printable
 from pipeline.plan import Plan
 from pipeline.publish import Published
 from pipeline.report import number_columns, of, plain_payload
@@ -26,10 +28,17 @@ ORPHANS_SHOWN = 20
 MIB = 1 << 20
 
 
+class _PlainConsole(Console):
+    """Prints texts as they are: no markup, no emoji codes, and no control character or credential of theirs."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # every text passes here
+        return super().render_str(for_terminal(text), **{**options, "markup": False, "emoji": False})
+
+
 def console() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal. Brackets in people's data stay brackets."""
-    found = Console(markup=False, highlight=False)
-    return found if found.is_terminal else Console(markup=False, highlight=False, width=140)
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    found = _PlainConsole(highlight=False)
+    return found if found.is_terminal else _PlainConsole(highlight=False, width=140)
 
 
 def show_run(run: Run, query: str | None = None, top: int = SHOWN) -> None:
@@ -66,11 +75,11 @@ def show_place(what: str, uri: str) -> None:
 
 def _cells(row: dict[str, Any], plain: list[str], numbers: list[str]) -> list[str]:
     return [
-        row["query_id"],
+        printable(row["query_id"]),
         row["side"],
         str(row["rank"]),
-        row["example_id"],
-        *(str(row[name]) for name in plain),
+        printable(row["example_id"]),
+        *(printable(str(row[name])) for name in plain),
         *(f"{row[name]:.4g}" for name in numbers),
     ]
 

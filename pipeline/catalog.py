@@ -46,7 +46,7 @@ def opened(catalog: str, warehouse: str | None, default_warehouse: str) -> Itera
         StorageError: It refuses.
     """
     shown = without_credentials(catalog)
-    if has_credentials(f"{catalog} {warehouse}"):
+    if has_credentials(catalog) or has_credentials(warehouse or ""):
         raise SpecError(
             f"{shown}: a URI with a password, which would stand in logs",
             "put it into the environment, PYICEBERG_CATALOG__DEFAULT__URI, and give --catalog default",

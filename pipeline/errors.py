@@ -18,6 +18,8 @@ pickle with message and hint.
 
 from __future__ import annotations
 
+from .observe import without_credentials
+
 MAX_NAMES_SHOWN = 8
 """In a message."""
 
@@ -39,6 +41,7 @@ class PipelineError(Exception):
     retryable = False
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message, hint = without_credentials(message), without_credentials(hint)  # errors go to logs and receipts
         super().__init__(message, hint)
         self.message = message
         self.hint = hint

@@ -12,12 +12,32 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.parse import unquote
 
 PLAIN_EVERY_S = 5.0
 SELDOM_S = 10.0
 MAX_UNSENT = 100
 
-_CREDENTIALS = re.compile(r"([\w+.-]+://)[^/@\s]*:(?!\d+(?:/|$))[^@\s]*@")  # what follows the colon may be a port
+_COLON, _AT = "(?::|%3A)", "(?:@|%40)"
+_BUCKETS = r"\b(?:s3[an]?|gcs|gs|oss|r2)"
+"""Schemes of stores without ports and users: before an `@` stands nothing but a key."""
+_SECRETS = (
+    r"[\w.%-]*signature|sig|googleaccessid"
+    r"|[\w.%-]*(?:access[_-]?key(?:[_-]?id)?|api[_-]?key|token|secret|passw(?:or)?d|pwd|credentials?)"
+)
+"""Names in a query string whose values let anybody in."""
+_CREDENTIALS = re.compile(
+    rf"({_BUCKETS}://)[^/@\s]*{_COLON}(?!\s|$).*?{_AT}(?:\S*@)?"  # a secret may hold `/`, `@` and blanks
+    rf"|((?:{_BUCKETS}|\bhttps?)://)[^/?#@\s]+?{_AT}"
+    rf"|([a-z][\w+.-]*://)[^/@\s]*{_COLON}(?!\d*(?:[^\w%@.+=~-]|$)).*?{_AT}(?:\S*@)?"  # what follows may be a port
+    r"|([a-z][\w+.-]*://)[^/@\s]*(?:AKIA|ASIA)[A-Z0-9]{12,}[^/@\s]*@",
+    re.IGNORECASE,
+)
+_SIGNED = re.compile(
+    rf"([a-z][\w+.-]*://.*?(?:[?&;#]|%3F|%26)(?:{_SECRETS})(?:=|%3D))(?!\.\.\.)[^&;\s'\"]+", re.IGNORECASE
+)
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0 and C1 control characters, line separators, marks that turn the direction of writing, half a surrogate pair."""
 _seldom = threading.Lock()
 _last_said: dict[str, tuple[float, int]] = {}
 _unsent: deque[str] = deque(maxlen=MAX_UNSENT)
@@ -26,18 +46,39 @@ _unsent: deque[str] = deque(maxlen=MAX_UNSENT)
 def say(text: str) -> None:
     """One notice for a person."""
     _unsent.append(text)
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(for_terminal(text) + "\n")
     sys.stderr.flush()
 
 
-def has_credentials(text: str) -> bool:
-    """Whether a text has a URI with a password in it."""
-    return bool(_CREDENTIALS.search(text))
+def has_credentials(uri: str) -> bool:
+    """Whether a URI has a password, a key or a signature in it, plain or percent-encoded."""
+    return any(without_credentials(form) != form for form in (uri, unquote(uri), unquote(unquote(uri))))
 
 
 def without_credentials(text: str) -> str:
-    """A text without the passwords of its URIs."""
-    return _CREDENTIALS.sub(r"\1...@", text)
+    """A text without the passwords, keys and signatures of its URIs: `...` takes their place."""
+    while (shorter := _SIGNED.sub(r"\1...", text)) != text:
+        text = shorter
+    return _CREDENTIALS.sub(lambda found: f"{next(filter(None, found.groups()))}...@", text)
+
+
+def printable(text: str) -> str:
+    r"""A text of foreign origin as one line that steers no terminal: control characters become escapes such as `\x1b`."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def without_controls(text: str) -> str:
+    """A text without control characters but line breaks and tabs, for a page that shows texts of foreign origin."""
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in "\n\t" else "", text)
+
+
+def for_terminal(text: str) -> str:
+    """A text of one or more lines as it may leave this process: without control characters and credentials.
+
+    Lines after the first are indented, so that a line break in an id cannot begin a line that looks like ours.
+    """
+    first, *others = map(printable, without_credentials(text).split("\n"))
+    return "\n".join([first, *(line if line.startswith(" ") or not line else f"  {line}" for line in others)])
 
 
 def say_seldom(key: str, text: str) -> None:
@@ -138,7 +179,7 @@ class Progress:
         if not self._shown:
             return
         if self._live:
-            sys.stderr.write(f"\r\x1b[K{self.line()}" + ("\n" if last else ""))
+            sys.stderr.write(f"\r\x1b[K{for_terminal(self.line())}" + ("\n" if last else ""))
             sys.stderr.flush()
         else:
             say(self.line())

@@ -22,6 +22,7 @@ from .artifacts import Run
 from .decode import decode_value
 from .ensemble import number_of_members
 from .folder import PAGE_COMMENT, with_digest_line
+from .observe import printable, without_controls
 from .picture import Strip, Tile, contact_sheet, picture_of, to_png
 from .records import LOSSES, RANKED, Column
 
@@ -49,7 +50,12 @@ def report(run: Run) -> None:
     image = picture_column(run, ranked)
     if image is not None:
         run.write(_sheet(run, ranked, meta, image), "report", "contact_sheet.png")
-    run.write(with_digest_line(_page(run, ranked, meta, image), PAGE_COMMENT), "report", "index.html")
+    run.write(page_bytes(_page(run, ranked, meta, image)), "report", "index.html")
+
+
+def page_bytes(html: str) -> bytes:
+    """A page as it is written: UTF-8, without the control characters of the texts that it shows, with its digest at the end."""
+    return with_digest_line(without_controls(html), PAGE_COMMENT)
 
 
 def picture_column(run: Run, ranked: pa.Table) -> Column | None:
@@ -83,7 +89,7 @@ def _sheet(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column) -> b
 
     def tile(row: dict[str, Any]) -> Tile:
         facts = " ".join(f"{column} {row[column]}" for column in plain)
-        return Tile(_picture(row, image), (f"{row['value']:+.3g}", facts))
+        return Tile(_picture(row, image), (f"{row['value']:+.3g}", printable(facts)))
 
     strips = []
     for query_id in run.query_ids[:SHEET_QUERIES]:
@@ -92,10 +98,10 @@ def _sheet(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column) -> b
         if tuned["query_rows"]:
             lines += [f"loss {tuned['query_loss_before_nats']:.3g}", f"to {tuned['query_loss_after_nats']:.3g}"]
         lines += [f"{len(rows)} rows"] if len(rows) > 1 else []
-        query = Tile(_picture(rows[0], image), tuple(lines))
+        query = Tile(_picture(rows[0], image), tuple(map(printable, lines)))
         sides = [[tile(row) for row in of(ranked, query_id, side)[:SHEET_TILES]] for side in ("proponent", "opponent")]
         strips.append(Strip(query, *sides))
-    return contact_sheet(f"{title(run)}: which training examples made the model do that?", strips)
+    return contact_sheet(printable(f"{title(run)}: which training examples made the model do that?"), strips)
 
 
 def query_rows(run: Run, query_id: str) -> list[dict[str, Any]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .observe import has_credentials
 
@@ -20,19 +20,38 @@ def unknown_word(word: str, known: Iterable[str]) -> str:
 
 
 def without_password(uri: str) -> str:
-    """Refuse a URI that carries a secret: it would stand in run.yaml, in messages and in logs."""
+    """Refuse a URI with a password, key or signature in it. Raises ValueError: it would stand in run.yaml and in logs."""
     if has_credentials(uri):
-        raise ValueError("a URI with a password; credentials belong in the environment")
+        raise ValueError("a URI with a password, key or signature in it; credentials belong in the environment")
     return uri
 
 
-Uri = Annotated[str, Field(min_length=1), AfterValidator(without_password)]
+Uri = Annotated[str, Field(min_length=1)]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a field's value; nested sections have seen to theirs."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _texts(item)
 
 
 class Section(BaseModel):
     """Part of the tree: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _without_credentials(cls, value: Any) -> Any:
+        """Refuse credentials in any field, arguments of a factory too: run.yaml holds them all."""
+        for text in _texts(value):
+            without_password(text)
+        return value
 
 
 def is_importable(name: str) -> bool:

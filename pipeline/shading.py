@@ -18,9 +18,8 @@ from .corpus import Corpus
 from .decode import decode
 from .errors import InputError, SpecError
 from .extensions import load_model, load_task, prepared
-from .folder import PAGE_COMMENT, with_digest_line
 from .importing import user_code
-from .report import STYLE, of
+from .report import STYLE, of, page_bytes
 
 if TYPE_CHECKING:
     from .tasks.base import SequenceTask
@@ -71,7 +70,7 @@ def shade(run: Run, query_id: str, top: int) -> str:
         parts.append(f"<h3 class={side}>{side.capitalize()}s</h3>" if some else "")
         parts += [_text(row, next(following), strongest) for row in some]
     path = f"tokens-{quote(query_id, safe='')}.html"
-    run.write(with_digest_line("\n".join(parts) + "\n</html>\n", PAGE_COMMENT), "report", path)
+    run.write(page_bytes("\n".join(parts) + "\n</html>\n"), "report", path)
     return run.uri("report", path)
 
 

@@ -70,11 +70,7 @@ def locate(uri: str) -> tuple[Any, str]:
         StorageError: No file system is known for the URI's scheme, or it cannot be set up; or the URI carries credentials,
             which would end in the run's folder and in logs.
     """
-    if has_credentials(uri):
-        raise StorageError(
-            f"{_scheme(uri)}://...@{uri.rsplit('@', 1)[1]}: a URI with credentials in it",
-            "put them into the environment",
-        )
+    _require_no_credentials(uri)
     options: dict[str, Any] = {}
     if _scheme(uri) in _S3:  # nothing remembered between two looks; no repeating below ours
         timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": ANSWER_TIMEOUT_S}
@@ -90,9 +86,16 @@ def locate(uri: str) -> tuple[Any, str]:
     return fs, str(path)
 
 
+def _require_no_credentials(uri: str) -> None:
+    """Refuse a URI that lets anybody in who reads it. Raises StorageError, which does not repeat them."""
+    if has_credentials(uri):
+        raise StorageError(f"{uri}: a URI with credentials in it", "put them into the environment")
+
+
 def data_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow file system that reads a URI, and the path in it. Raises StorageError."""
     if _scheme(uri) in _S3:
+        _require_no_credentials(uri)
         path = uri.split("://", 1)[1].rstrip("/")  # not by `locate`: it takes as long as a request to a near store
         with mapped(uri):
             return _s3(path.split("/", 1)[0]), path

@@ -5,7 +5,20 @@ import threading
 import pytest
 
 from pipeline import observe
-from pipeline.observe import Progress, duration, every, rate, say, spoken
+from pipeline.errors import PipelineError
+from pipeline.observe import (
+    Progress,
+    duration,
+    every,
+    for_terminal,
+    has_credentials,
+    printable,
+    rate,
+    say,
+    spoken,
+    without_controls,
+    without_credentials,
+)
 
 
 def fail(_):
@@ -148,3 +161,109 @@ def test_every_stops_when_the_block_fails():
     with pytest.raises(RuntimeError, match="work"), every(3600, lambda: None):
         raise RuntimeError("work")
     assert before == threading.active_count()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("größe 12 日本 😀", "größe 12 日本 😀"),
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("two\nlines\r\tand a tab", r"two\nlines\r\tand a tab"),
+        ("\x9b31m\x85\x7f", r"\x9b31m\x85\x7f"),
+        ("\u202egnp.exe\u2069\u200f", r"\u202egnp.exe\u2069\u200f"),
+        ("\u2028\u2029", r"\u2028\u2029"),
+        ("half \ud83d", r"half \ud83d"),
+    ],
+)
+def test_what_would_steer_a_terminal_is_shown_as_an_escape(text, shown):
+    """Control characters, marks of direction and lone surrogates; letters of any script stay."""
+    assert shown == printable(text)
+
+
+def test_a_line_break_in_an_id_begins_no_line_of_ours(capsys):
+    """Notices and errors: further lines are indented, control characters are escapes."""
+    say("example a\nerror: the run is lost\r\x1b[2J: rejected")
+    assert "example a\n  error: the run is lost\\r\\x1b[2J: rejected\n" == capsys.readouterr().err
+    assert "what\n  where\n  hint: how" == for_terminal(str(PipelineError("what\n  where", "how")))
+
+
+def test_a_page_keeps_lines_and_tabs_alone():
+    """Other control characters, marks of direction and lone surrogates go."""
+    assert "a\n\tb c" == without_controls("a\n\t\x1b\x07b\u202e \ud83d\x9bc\r")
+
+
+SECRETS = [
+    "s3://key:secret@bucket/a",
+    "s3://key:sec%40secret@bucket",
+    "s3://key%3Asecret@bucket/a",
+    "s3://key%3asecret%40bucket/a",
+    "s3://key:secret%40bucket/a",
+    "s3://key:a secret@bucket/a",
+    "s3://key:se/cret/secret@bucket/a",
+    "s3://key:12/secret@bucket/a",
+    "s3://key:s@secret@bucket",
+    "s3://:secret@bucket",
+    "s3://AKIAIOSFODNN7secret@bucket/a",
+    "s3a://secret@bucket",
+    "gs://secret@bucket/a",
+    "simplecache::s3://key:secret@bucket/a",
+    "S3://key:secret@bucket",
+    "https://ghp_secret@host/a",
+    "https://user:secret@host/a",
+    "https://user:1secret@host:8080/a",
+    "sftp://user:secret@host/a",
+    "postgresql+psycopg://user:secret@host:5432/db",
+    "postgresql://host/db?user=u&password=secret",
+    "abfs://ASIAIOSFODNN7SECRET@account/a",
+    "abfss://container:secret@account.dfs.core.windows.net/a",
+    "https://host/a?X-Amz-Algorithm=x&X-Amz-Credential=secret",
+    "https://host/a?X-Amz-Signature=secret",
+    "https://host/a?X%2DAmz%2DSignature=secret",
+    "https://host/a?X-Amz-Security-Token=secret",
+    "https://host/a b?X-Goog-Signature=secret&x=1",
+    "https://host/a?sv=1&sig=secret%3D",
+    "https://host/a?Signature=secret&AWSAccessKeyId=secret",
+    "https://host/a?OSSAccessKeyId=secret",
+    "https://host/a?AccessKeyId=secret",
+    "https://host/a?token=secret",
+    "https://host/a?access_token=secret",
+    "https://host/a%3Ftoken%3Dsecret",
+    "https://host/a#api_key=secret",
+]
+NO_SECRETS = [
+    "s3://bucket/a@b",
+    "s3://bucket/a:b@c",
+    "s3://bucket/year=2026/x[0-9]?.parquet",
+    "s3://bucket/signature=3/token=4",
+    "abfs://container@account.dfs.core.windows.net/a",
+    "wasbs://container@account.blob.core.windows.net/a",
+    "hdfs://host:9000/a@b",
+    "hdfs://user@host:9000/a",
+    "sftp://user@host/a",
+    "postgresql://user@host:5432/db",
+    "http://host:9000/bucket/a@b",
+    "https://host:8080?version=3",
+    "hf://gpt2@main/a",
+    "hf://owner/name@main",
+    "sqlite:///lake.db",
+    "ray://head:10001",
+    "file:///a/b@c",
+    "memory://a/b@c",
+    "/local/path:a@b",
+    "/local/what?token=5.parquet",
+]
+
+
+@pytest.mark.parametrize("uri", SECRETS)
+def test_a_uri_with_a_secret_is_known_and_cleaned(uri):
+    """Passwords, keys and signatures, plain or percent-encoded; in a message none of them is left."""
+    assert has_credentials(uri)
+    assert "secret" not in str(PipelineError(f"{uri!r} is refused", uri)).lower()
+    assert without_credentials(uri) == without_credentials(without_credentials(uri))
+
+
+@pytest.mark.parametrize("uri", NO_SECRETS)
+def test_a_uri_without_a_secret_stays_as_it_is(uri):
+    """A container, a user, a port, a version, a folder of a partition."""
+    assert not has_credentials(uri)
+    assert f"{uri}: no such file; see a@b" == without_credentials(f"{uri}: no such file; see a@b")

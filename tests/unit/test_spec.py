@@ -33,6 +33,25 @@ def test_a_minimal_spec_has_working_defaults():
     assert ("natural", 2, "signed", 0) == (spec.producer.name, spec.task.temperature, spec.rank.transform, spec.seed)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("run.uri", "s3://key:hunter%402@bucket/run"),
+        ("corpus.uri", "s3://AKIAIOSFODNNHUNTER2@bucket/corpus"),
+        ("queries.uri", "https://host/queries?X-Amz-Signature=hunter2"),
+        ("model.arguments", "{data: [{uri: 's3://key:hunter 2@bucket'}]}"),
+        ("resources.address", "ray://user:hunter2@head"),
+        ("seed", "s3://key:hunter2@bucket"),
+        ("s3://key:hunter2@bucket", "1"),
+    ],
+)
+def test_credentials_are_refused_in_every_field_and_never_repeated(path, value):
+    """From a file and by --set: run.yaml holds every field."""
+    with pytest.raises(SpecError) as caught:
+        parse(f"{path}={value}")
+    assert "hunter" not in str(caught.value).lower()
+
+
 def test_the_released_recipe_is_one_word_away():
     """`preset: paper` brings its temperature along, unless another is given."""
     assert ("unlearn", 1) == ((spec := parse(producer={"preset": "paper"})).producer.name, spec.task.temperature)
