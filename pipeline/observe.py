@@ -18,6 +18,8 @@ SELDOM_S = 10.0
 MAX_UNSENT = 100
 
 _CREDENTIALS = re.compile(r"([\w+.-]+://)[^/@\s]*:(?!\d+(?:/|$))[^@\s]*@")  # what follows the colon may be a port
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0 and C1 control characters, line separators, marks that turn the direction of writing, half a surrogate pair."""
 _seldom = threading.Lock()
 _last_said: dict[str, tuple[float, int]] = {}
 _unsent: deque[str] = deque(maxlen=MAX_UNSENT)
@@ -38,6 +40,11 @@ def has_credentials(text: str) -> bool:
 def without_credentials(text: str) -> str:
     """A text without the passwords of its URIs."""
     return _CREDENTIALS.sub(r"\1...@", text)
+
+
+def printable(text: str) -> str:
+    r"""A text of foreign origin as one line that steers no terminal: control characters become escapes such as `\x1b`."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def say_seldom(key: str, text: str) -> None:

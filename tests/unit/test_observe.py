@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from pipeline import observe
-from pipeline.observe import Progress, duration, every, rate, say, spoken
+from pipeline.observe import Progress, duration, every, printable, rate, say, spoken
 
 
 def fail(_):
@@ -148,3 +148,20 @@ def test_every_stops_when_the_block_fails():
     with pytest.raises(RuntimeError, match="work"), every(3600, lambda: None):
         raise RuntimeError("work")
     assert before == threading.active_count()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("größe 12 日本 😀", "größe 12 日本 😀"),
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("two\nlines\r\tand a tab", r"two\nlines\r\tand a tab"),
+        ("\x9b31m\x85\x7f", r"\x9b31m\x85\x7f"),
+        ("\u202egnp.exe\u2069\u200f", r"\u202egnp.exe\u2069\u200f"),
+        ("\u2028\u2029", r"\u2028\u2029"),
+        ("half \ud83d", r"half \ud83d"),
+    ],
+)
+def test_what_would_steer_a_terminal_is_shown_as_an_escape(text, shown):
+    """Control characters, marks of direction and lone surrogates; letters of any script stay."""
+    assert shown == printable(text)
