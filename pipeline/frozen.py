@@ -13,13 +13,13 @@ import yaml
 
 from . import storage
 from .artifacts import Run
-from .corpus import concat_rows
 from .ensemble import FOLDER, ensemble_of, member_name, number_of_members
 from .errors import ArtifactError, InputError, SpecError
 from .folder import json_bytes, parallel, parquet_bytes
 from .observe import say
 from .records import MANIFEST, Column
 from .specfile import dump_spec, parse_spec
+from .values import concat_rows
 from .works import Addition, Manifest
 
 MANIFEST_NAME, QUERIES_NAME = "manifest.parquet", "queries.parquet"
