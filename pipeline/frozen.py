@@ -13,7 +13,6 @@ import yaml
 
 from . import storage
 from .artifacts import Run
-from .corpus import concat_rows
 from .ensemble import FOLDER, ensemble_of, member_name, number_of_members
 from .errors import ArtifactError, InputError, SpecError
 from .folder import SPEC_COMMENT, digest_line_problem, json_bytes, parallel, parquet_bytes, with_digest_line
@@ -21,6 +20,7 @@ from .observe import say
 from .records import MANIFEST, Column
 from .spec import Spec
 from .specfile import dump_spec, parse_spec
+from .values import concat_rows
 from .works import Addition, Manifest
 
 MANIFEST_NAME, QUERIES_NAME = "manifest.parquet", "queries.parquet"
