@@ -209,12 +209,14 @@ def publish(
 ) -> None:
     """Register scores and ranking as Apache Iceberg tables `scores` and `topk`; again: adds only what is new."""
     from pipeline import catalog as catalogs
+    from pipeline.audit import require_whole
     from pipeline.frozen import open_run
     from pipeline.publish import file_uri, publish
 
     from . import display
 
     opened = open_run(run_uri)
+    require_whole(opened)
     with catalogs.opened(catalog, warehouse, file_uri(opened.uri("lake"))) as lake:
         display.show_published(publish(opened, lake, namespace))
 

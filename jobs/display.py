@@ -12,7 +12,7 @@ from rich.text import Text
 
 from pipeline import forecast, noise, storage
 from pipeline.artifacts import Run
-from pipeline.audit import Audit
+from pipeline.checks import Audit
 from pipeline.ensemble import FOLDER, member_name, members_of, number_of_members
 from pipeline.errors import InputError, SpecError
 from pipeline.observe import for_terminal, printable
@@ -211,7 +211,7 @@ def show_audit(run: Run, found: Audit, inside: Run) -> None:
         table.add_row(name, value)
     out.print(table)
     for finding in found.damage:
-        out.print(f"damaged   {place}{finding.path}: {finding.what}", soft_wrap=True)
+        out.print(f"damaged   {place}{finding.path}: {finding.what}; {finding.repair}", soft_wrap=True)
     for path in sorted(found.orphans)[:ORPHANS_SHOWN]:
         out.print(f"orphan    {place}{path}", soft_wrap=True)
     if found.orphans:

@@ -7,17 +7,19 @@ and then the same names are written again with the same bytes.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pyarrow as pa
 
 from . import storage
-from .calibration import Way
+from .calibration import MANY, Way
 from .errors import ArtifactError, ForeignError, InputError
-from .folder import json_bytes, parallel, partition
+from .folder import json_bytes, parallel, partition, table_of
 from .given import Given
 from .works import Receipt, parse_receipt, work_name
 
@@ -25,16 +27,14 @@ READ_AT_ONCE = 256
 """Commits read ahead of whoever goes through them: memory is this many, whatever the number of shards."""
 COMMIT_NAME = re.compile(r"shard-(\d+)(?:-addition-(\d+))?\.json")
 MAX_REJECTS_SHOWN = 3
+BETWEEN_LOOKS_S = 0.5
+"""Longer than the writing of topk/meta.json behind its tables."""
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 @dataclass(frozen=True)
 class Run(Given):
     """An opened run: what was frozen, and the way to everything in its folder."""
-
-    @property
-    def mending(self) -> str:
-        """What to do about something damaged, for hints."""
-        return f"`mirrorscope verify --mend {self.uri()}`, then the run's command again: what is damaged is made anew"
 
     # --- counterparts ----------------------------------------------------------------------------------------------
 
@@ -68,11 +68,8 @@ class Run(Given):
     def counterpart_meta(self, query_id: str) -> dict[str, Any]:
         """A committed counterpart's meta.json. Raises InputError, ArtifactError (of another run, or damaged)."""
         meta = self.read_json("counterparts", partition(query_id), "meta.json")
-        tensors = meta.get("tensors") if isinstance(meta, dict) else None
-        if not isinstance(tensors, dict) or not {"name", "bytes", "sha256"} <= tensors.keys():
-            raise ArtifactError(f"{self.uri('counterparts', partition(query_id), 'meta.json')} is damaged")
-        self._require_own(meta.get("fingerprint"), f"counterpart of query {query_id!r}")
-        return dict(meta)
+        self._require_own(meta["fingerprint"], f"counterpart of query {query_id!r}")
+        return meta
 
     def tensors_path(self, query_id: str) -> str:
         """Path of a committed counterpart's tensors in the run's folder. Raises as `counterpart_meta`."""
@@ -111,20 +108,29 @@ class Run(Given):
             found = self.read_json("calibration.json")
         except InputError:
             return None
-        if not isinstance(found, dict) or found.get("way") not in ("difference", "gradient", "jvp"):
-            raise ArtifactError(
-                f"{self.uri('calibration.json')} is damaged", "delete it: the next start measures again"
-            )
-        self._require_own(found.get("fingerprint"), "calibration.json")
+        self._require_own(found["fingerprint"], "calibration.json")
         return found
 
     @property
     def way(self) -> Way:
-        """How scores are made: what the spec says, else what was measured; `difference` before."""
+        """How scores are made: what the spec says, else what was measured; `difference` before. Raises as `calibration`."""
         if self.spec.score.way != "auto":
             return self.spec.score.way
         found = self.calibration()
-        return cast("Way", found["way"]) if found is not None else "difference"
+        return cast("Way", found["way"]) if found is not None else self._way_of_commits()
+
+    def _way_of_commits(self) -> Way:
+        """How a committed shard was scored, where calibration.json is lost: all others must be scored in the same way."""
+        committed = self.committed() if len(self.query_ids) >= MANY else set()
+        for work in self.works() if committed else ():
+            if (work.addition, work.shard.shard_id) in committed:
+                with suppress(InputError, ArtifactError):  # a damaged object tells nothing; another shard may
+                    scored_under = self.receipt(work.addition, work.shard.shard_id).counterparts
+                    tensors = [self.counterpart_meta(query_id)["tensors"]["sha256"] for query_id in work.query_ids]
+                    for way in WAYS:
+                        if scored_under == counterparts_digest(tensors, way):
+                            return way
+        return "difference"
 
     # --- what a producer found out about the corpus ------------------------------------------------------------------
 
@@ -138,10 +144,7 @@ class Run(Given):
     def fitted_meta(self) -> dict[str, Any]:
         """What commits it. Raises InputError if nothing was fitted, ArtifactError (of another run, or damaged)."""
         meta = self.read_json("fitted", "meta.json")
-        tensors = meta.get("tensors") if isinstance(meta, dict) else None
-        if not isinstance(tensors, dict) or not {"name", "bytes", "sha256"} <= tensors.keys() or "details" not in meta:
-            raise ArtifactError(f"{self.uri('fitted', 'meta.json')} is damaged")
-        self._require_own(meta.get("fingerprint"), "fitted/meta.json")
+        self._require_own(meta["fingerprint"], "fitted/meta.json")
         return meta
 
     def fitted(self) -> tuple[bytes, dict[str, Any]] | None:
@@ -264,20 +267,29 @@ class Run(Given):
 
     def ranking(self) -> dict[str, Any]:
         """What topk/meta.json says of the ranking. Raises InputError if there is none, ArtifactError if it is damaged."""
-        meta = self.read_json("topk", "meta.json")
-        if not isinstance(meta, dict) or not isinstance(meta.get("tables"), dict):
-            raise ArtifactError(f"{self.uri('topk', 'meta.json')} is damaged", "rank the run again")
-        return meta
+        return self.read_json("topk", "meta.json")
 
     def read_ranked(self) -> tuple[pa.Table, dict[str, Any]]:
-        """The ranked table and its meta.json. Raises ArtifactError if the run was not ranked."""
-        try:
-            meta = self.ranking()
-        except InputError as error:
-            hint = "run its spec to the end; `mirrorscope status` says how far it is"
-            raise ArtifactError(f"{self.uri()} is not ranked yet", hint) from error
-        hint = f"`mirrorscope rank {self.uri()}` makes it anew"
-        return self.read_table("topk", "ranked.parquet", sha256=meta["tables"]["ranked.parquet"], hint=hint), meta
+        """The ranked table and its meta.json. Raises as `ranked_bytes`."""
+        data, meta = self.ranked_bytes()
+        return table_of(data, self.uri("topk", "ranked.parquet")), meta
+
+    def ranked_bytes(self) -> tuple[bytes, dict[str, Any]]:
+        """The ranked table as Parquet, and its meta.json. Raises ArtifactError if the run was not ranked, or it is damaged."""
+        for last in (False, False, True):
+            try:
+                meta = self.ranking()
+            except InputError as error:
+                hint = "run its spec to the end; `mirrorscope status` says how far it is"
+                raise ArtifactError(f"{self.uri()} is not ranked yet", hint) from error
+            try:
+                expected, hint = meta["tables"]["ranked.parquet"], f"`mirrorscope rank {self.uri()}` makes it anew"
+                return self.read_checked("topk", "ranked.parquet", sha256=expected, hint=hint), meta
+            except ArtifactError:
+                if last:
+                    raise
+            time.sleep(BETWEEN_LOOKS_S)  # a ranking that is being written: its tables are there, its meta.json follows
+        raise AssertionError("unreachable")
 
     def seal(self) -> None:
         """Write _SUCCESS: every row of the corpus is in exactly one of scores and rejects. Raises ArtifactError, InputError."""
@@ -296,8 +308,6 @@ class Run(Given):
             said = self.read_json("_SUCCESS")
         except InputError:
             return False
-        if not isinstance(said, dict) or "fingerprint" not in said:
-            raise ArtifactError(f"{self.uri('_SUCCESS')} is damaged")
         return bool(said["fingerprint"] == self.additions[-1].fingerprint)
 
     def _require_own(self, fingerprint: Any, what: str) -> None:
@@ -309,7 +319,7 @@ class Run(Given):
             )
 
 
-def counterparts_digest(tensors_sha256: Sequence[str], way: str = "difference") -> str:
+def counterparts_digest(tensors_sha256: Sequence[str], way: Way = "difference") -> str:
     """One digest of several counterparts, from those of their tensors in order, and of the way in which they are scored."""
     lines = [*tensors_sha256, *([] if way == "difference" else [f"way: {way}"])]
     return storage.bytes_digest("\n".join(lines).encode())

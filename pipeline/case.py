@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
 from . import matrices, storage
 from .artifacts import Run
-from .corpus import as_text, open_format
 from .errors import ArtifactError, InputError
 from .evaluate import Estimate
 from .extensions import load_task
@@ -22,7 +21,9 @@ from .judge import Judge
 from .matrices import Matrix
 from .plan import make_shards
 from .queries import WHOLE_FILE_ROWS
+from .reader import Reader, check_columns
 from .retraining import Examples, untempered
+from .values import as_text
 
 Row = dict[str, str | float | int | None]
 
@@ -121,14 +122,9 @@ def best_first(rows: Sequence[Row], by: str) -> list[Row]:
 
 def read_table(uri: str, names: Sequence[str]) -> pa.Table:
     """Columns of a table in any format that a corpus may have, as text. Raises InputError."""
-    reader, _ = open_format(uri, "auto", None)
-    parts = []
-    for file in reader.files(uri):
-        measured = storage.retried(file.path, partial(reader.measure, file))
-        if missing := [name for name in names if name not in measured.columns]:
-            raise InputError(
-                f"{file.path}: got columns {', '.join(measured.columns)}, expected also {', '.join(missing)}"
-            )
+    reader, parts = Reader(uri), []
+    for measured in reader.with_columns([reader.measure(file) for file in reader.survey()], names):
+        check_columns(measured, [], {"table": names})
         parts += [reader.read(shard, list(names)).table for shard in make_shards([measured], WHOLE_FILE_ROWS)]
     if not parts:
         raise InputError(f"{uri} has no rows")

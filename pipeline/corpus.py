@@ -5,7 +5,6 @@ A row is addressed by its file and its position in it; with no id column that ad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,22 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from . import storage
-from .decode import decode, type_problem
-from .errors import InputError, SpecError
-from .extensions import load_format
-from .formats.base import Format, corpus_root, find_files, relative_path
-from .records import Column, Measured, Reject, Rows, Shard, SourceFile
-from .sections import unknown_word
+from .decode import decode
+from .errors import InputError, PipelineError, SpecError
+from .formats.base import relative_path
+from .reader import Reader, check_columns
+from .records import Column, Measured, Reject, Shard, SourceFile
 from .spec import CorpusSection
+from .values import as_text
 
 LISTING_THREADS = 16
 MEASURED_AT_ONCE = 64
 """Files that a thread is handed together: handing over takes as long as some footers."""
 MAX_DUPLICATES_SHOWN = 5
-SUFFIXES = {
-    ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv",
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "image_folder"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,29 +81,30 @@ class Corpus:
 
     def __init__(self, section: CorpusSection) -> None:
         self.section = section
-        name, self._listed = (section.format, None) if section.format != "auto" else _recognised(section.uri)
-        self._format, self._name = open_format(section.uri, name, section.classes)
-        self._root = corpus_root(section.uri)
+        self._reader = Reader(section.uri, section.format, section.classes)
 
     @property
     def resolved(self) -> CorpusSection:
         """The section with format, classes and an absolute URI filled in."""
-        classes = getattr(self._format, "classes", None)
         return self.section.model_copy(
-            update={"uri": storage.absolute(self.section.uri), "format": self._name, "classes": classes}
+            update={
+                "uri": storage.absolute(self.section.uri),
+                "format": self._reader.name,
+                "classes": self._reader.classes,
+            }
         )
 
     def list_files(self) -> list[SourceFile]:
         """Files in order, unopened. Raises InputError, StorageError."""
-        listed, self._listed = self._listed, None  # `auto` had to list them already
-        return self._format.files(self.section.uri) if listed is None else listed
+        return self._reader.files()
+
+    def survey_files(self) -> list[SourceFile]:
+        """Files in order, unopened; says which are not read. Raises as Reader.survey does."""
+        return self._reader.survey()
 
     def rows(self, file: SourceFile) -> int:
         """Rows of one file. Raises InputError, StorageError."""
-        return self._measure(file).rows
-
-    def _measure(self, file: SourceFile) -> Measured:
-        return storage.retried(file.path, lambda: self._format.measure(file))
+        return self._reader.measure(file).rows
 
     def measure(
         self, files: Sequence[SourceFile], columns: Sequence[Column], may_be_empty: bool = False
@@ -121,24 +117,31 @@ class Corpus:
         each = max(1, min(MEASURED_AT_ONCE, len(files) // (8 * LISTING_THREADS)))
         parts = [files[start : start + each] for start in range(0, len(files), each)]
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            done = pool.map(lambda part: [self._measure(file) for file in part], parts)
+            done = pool.map(lambda part: [self._reader.measure(file) for file in part], parts)
             measured = [one for part in done for one in part]
+        asked = self._asked()
+        names = [name for column in columns for name in column.columns] + [
+            name for some in asked.values() for name in some
+        ]
+        measured = self._reader.with_columns(measured, names)
         checked = None
         for one in measured:
-            if one.rows and one.columns != checked:  # files of a corpus mostly are alike: one check serves all
-                self._check_columns(one, columns)
-                checked = one.columns
+            if (
+                one.rows and (one.columns, one.repeated) != checked
+            ):  # files of a corpus mostly are alike: one check serves all
+                check_columns(one, columns, asked)
+                checked = one.columns, one.repeated
         if not may_be_empty and not sum(one.rows for one in measured):
             raise InputError(f"corpus {self.section.uri} has no rows in {len(files)} file(s)")
         return measured
 
-    def _check_columns(self, measured: Measured, columns: Sequence[Column]) -> None:
-        asked = {
+    def _asked(self) -> dict[str, list[str]]:
+        """Field of the section -> the columns that it names."""
+        return {
             "corpus.example_id": [self.section.example_id] if self.section.example_id else [],
             "corpus.source": [self.section.source] if self.section.source else [],
             "corpus.payload": self.section.payload or [],
         }
-        check_columns(measured, columns, asked)
 
     def read(self, shard: Shard, columns: Sequence[Column]) -> Examples:
         """Read and decode one shard.
@@ -149,7 +152,7 @@ class Corpus:
         self._check_unchanged(shard)
         ids, sources = self.section.example_id, self.section.source
         named = [name for column in columns for name in column.columns] + [name for name in (ids, sources) if name]
-        rows = self._read(shard, list(dict.fromkeys(named)))
+        rows = self._reader.read(shard, list(dict.fromkeys(named)))
         id_N = as_text(rows.table, ids) if ids else self._made_ids(shard, rows.row_N)
         source_N = as_text(rows.table, sources) if sources else pa.nulls(len(rows.table), pa.string())
         arrays, good_N, rejects = decode(rows.table, rows.row_N, columns)
@@ -164,9 +167,6 @@ class Corpus:
         rejects = sorted([*rows.rejects, *rejects], key=lambda reject: reject.row)
         return Examples(id_N.filter(mask), source_N.filter(mask), rows.row_N[good_N], arrays, rejects)
 
-    def _read(self, shard: Shard, columns: Sequence[str]) -> Rows:
-        return storage.retried(shard.path, lambda: self._format.read(shard, columns))
-
     def _check_unchanged(self, shard: Shard) -> None:
         if shard.members is not None:
             return  # each image is read by name; a missing one is an error of its own
@@ -179,7 +179,7 @@ class Corpus:
             )
 
     def _made_ids(self, shard: Shard, row_N: np.ndarray) -> pa.Array:
-        path = relative_path(shard.path, self._root)
+        path = relative_path(shard.path, self._reader.root)
         if shard.members is not None:
             return pa.array([f"{path}/{shard.members[row - shard.row_start]}" for row in row_N], pa.string())
         return pc.binary_join_element_wise(path, pa.array(row_N).cast(pa.string()), "#")
@@ -189,10 +189,10 @@ class Corpus:
         self._check_unchanged(shard)
         if shard.members is not None:  # each image is a file of its own
             picked = [shard.members[row - shard.row_start] for row in rows]
-            return self._read(replace(shard, members=tuple(picked), rows=len(rows)), list(names)).table
+            return self._reader.read(replace(shard, members=tuple(picked), rows=len(rows)), list(names)).table
         if shard.byte_start is None:  # row groups between the first and the last
             shard = replace(shard, row_start=min(rows), rows=max(rows) - min(rows) + 1)
-        read = self._read(shard, list(names))
+        read = self._reader.read(shard, list(names))
         return read.table.take(np.searchsorted(read.row_N, np.asarray(rows)))
 
     def check_ids(self, shards: Sequence[Shard]) -> None:
@@ -207,13 +207,22 @@ class Corpus:
         import duckdb
 
         schema = pa.schema([("id", pa.string())])
-        batches = (pa.record_batch([id_N], schema=schema) for _, _, id_N in self._ids(shards, name))
+        failed: list[PipelineError] = []
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            try:
+                yield from (pa.record_batch([id_N], schema=schema) for _, _, id_N in self._ids(shards, name))
+            except PipelineError as error:  # DuckDB makes a text of it
+                failed.append(error)
+
         with duckdb.connect() as connection:
-            connection.register("ids", pa.RecordBatchReader.from_batches(schema, batches))
+            connection.register("ids", pa.RecordBatchReader.from_batches(schema, batches()))
             twice = connection.execute(
                 "SELECT id FROM ids WHERE id IS NOT NULL GROUP BY id HAVING count(*) > 1 "
                 f"ORDER BY id LIMIT {MAX_DUPLICATES_SHOWN}"
             ).fetchall()
+        if failed:
+            raise failed[0]
         if twice:
             places = self._places(shards, name, {str(row[0]) for row in twice})
             shown = "\n".join(f"  {value!r}: {' and '.join(where)}" for value, where in sorted(places.items()))
@@ -222,7 +231,7 @@ class Corpus:
     def _ids(self, shards: Sequence[Shard], name: str) -> Iterator[tuple[str, np.ndarray, pa.Array]]:
         """File, positions in it, and ids, shard after shard."""
         for shard in shards:
-            rows = self._read(shard, [name])
+            rows = self._reader.read(shard, [name])
             yield shard.path, rows.row_N, as_text(rows.table, name)
 
     def _places(self, shards: Sequence[Shard], name: str, wanted: set[str]) -> dict[str, list[str]]:
@@ -232,70 +241,6 @@ class Corpus:
                 if value in wanted and len(places.setdefault(value, [])) < 2:
                     places[value].append(f"{path} row {row}")
         return places
-
-
-def open_format(uri: str, name: str, classes: Sequence[str] | None) -> tuple[Format, str]:
-    """The reader for a section, and its format's name when the section says `auto`.
-
-    Raises:
-        InputError: Nothing is there, or files of several formats.
-    """
-    if name == "auto":
-        name, _ = _recognised(uri)
-    arguments = {"uri": uri, "classes": classes} if name == "image_folder" else {}
-    return load_format(name, arguments), name
-
-
-def _recognised(uri: str) -> tuple[str, list[SourceFile] | None]:
-    """The format that the files there have by their suffixes, and their listing, where it is what the format would list."""
-    files = find_files(uri, SUFFIXES)
-    found = {SUFFIXES[suffix] for suffix in {_suffix(file.path) for file in files} if suffix in SUFFIXES}
-    if len(found) > 1:
-        raise InputError(
-            f"{uri}: files of {len(found)} formats ({', '.join(sorted(found))})", "say which with `format:`"
-        )
-    name = found.pop()
-    return name, files if name != "image_folder" else None
-
-
-def check_columns(measured: Measured, columns: Sequence[Column], asked: Mapping[str, Sequence[str | None]]) -> None:
-    """See that a file has every column that the task and the spec's fields ask for, in a type that can be decoded.
-
-    Raises:
-        InputError: It has not; every problem of the file is listed.
-    """
-    problems = []
-    for field, names in {**asked, **{f"task column {c.name!r}": c.columns for c in columns}}.items():
-        for name in names:
-            if name is not None and name not in measured.columns:
-                problems.append(f"{field}: column {unknown_word(name, measured.columns)}")
-    for column in columns:
-        for name in column.columns:
-            if name in measured.columns and (problem := type_problem(measured.columns[name], column)):
-                problems.append(f"task column {column.name!r}: column {name!r}: {problem}")
-    if problems:
-        raise InputError(f"{measured.file.path}:\n" + "\n".join(f"  {problem}" for problem in problems))
-
-
-def concat_rows(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables of the same columns as one; a column whose types do not agree (text formats guess them) as JSON text."""
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid):
-        names = list(dict.fromkeys(name for table in tables for name in table.column_names))
-        return pa.concat_tables([_agreeing(table, names, tables) for table in tables], promote_options="permissive")
-
-
-def _agreeing(table: pa.Table, names: Sequence[str], tables: Sequence[pa.Table]) -> pa.Table:
-    for name in names:
-        kinds = {str(other.schema.field(name).type) for other in tables if name in other.column_names} - {"null"}
-        if len(kinds) > 1 and name in table.column_names:
-            values = table[name].to_pylist()
-            texts = [
-                value if value is None or isinstance(value, str) else json.dumps(value, default=str) for value in values
-            ]
-            table = table.set_column(table.column_names.index(name), name, pa.array(texts, pa.string()))
-    return table
 
 
 def payload_names(section: CorpusSection, columns: Sequence[Column]) -> list[str]:
@@ -311,17 +256,3 @@ def require_free_names(names: Sequence[str], taken: Collection[str]) -> None:
         raise SpecError(
             f"corpus.payload: {', '.join(clash)}: the ranked table has columns of that name", "leave them out"
         )
-
-
-def as_text(table: pa.Table, name: str) -> pa.Array:
-    """A column as strings. Raises InputError for a type that has no text."""
-    array = table[name].combine_chunks()
-    try:
-        return array if pa.types.is_string(array.type) else array.cast(pa.string())
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise InputError(f"column {name!r} of type {array.type} cannot be read as text: {error}") from error
-
-
-def _suffix(path: str) -> str:
-    name = path.rsplit("/", 1)[-1].lower()
-    return f".{name.rsplit('.', 1)[-1]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .observe import printable
 from .records import LANGUAGE, Column, Reject
+from .values import python_values
 
 SHOW_CHARS = 60
+MAX_DIGITS = 1000
+"""Of an integer in text: Python refuses more than 4,300."""
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.I | re.A)
+"""How a number is spelt in text, with blanks around it: ASCII digits, no hexadecimal, no separators of thousands."""
+_PLAIN_INTEGER, _PLAIN_NUMBER = "^-?[0-9]{1,18}$", r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
+"""Spellings in them that Arrow reads as Python does, many at a time."""
 
 
 def decode(
@@ -40,7 +50,7 @@ def decode(
     for column in columns:
         arrays[column.name], bad = _column(table, column)
         rejects += [
-            Reject(int(row_N[i]), ", ".join(column.columns), got, column.expected)
+            Reject(int(row_N[i]), ", ".join(column.columns), printable(got), column.expected)
             for i, got in bad.items()
             if good_N[i]
         ]
@@ -72,7 +82,7 @@ def _language(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, s
     nothing: Any = "" if column.dtype == "text" else []
     out = np.empty(len(values), object)
     bad: dict[int, str] = {}
-    for i, value in enumerate(values.to_pylist()):
+    for i, value in enumerate(python_values(values)):
         try:
             out[i] = nothing if column.optional and not value else check(value)
         except ValueError as error:
@@ -111,11 +121,11 @@ def _token_ids(value: Any) -> list[int]:
 
 def _values(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str]]:
     size = math.prod(column.shape)
-    values = _numbers_from_text(values, column, size)
-    fits_N = _regular(values, column, size)
+    numbers = _plain_numbers(values, column) if pa.types.is_string(values.type) and size == 1 else values
+    fits_N = _regular(numbers, column, size)
     out = np.zeros((len(values), size), column.dtype)
     bad: dict[int, str] = {}
-    dense = _dense(values.filter(pa.array(fits_N)) if not fits_N.all() else values, size)
+    dense = _dense(numbers.filter(pa.array(fits_N)) if not fits_N.all() else numbers, size)
     if dense is None:
         fits_N = np.zeros(len(values), bool)
     else:
@@ -124,22 +134,20 @@ def _values(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str
             dense = dense.copy()
             dense[[row for row, i in enumerate(np.flatnonzero(fits_N)) if int(i) in bad]] = 0
         out[fits_N] = dense
-    for i in np.flatnonzero(~fits_N):
+    for i in np.flatnonzero(~fits_N).tolist():
+        [value] = python_values(values.slice(i, 1))  # one at a time: a shard of pictures is not held twice
         try:
-            out[i] = decode_value(values[int(i)].as_py(), column).reshape(-1)
+            out[i] = decode_value(value, column).reshape(-1)
         except (ValueError, TypeError, OverflowError) as error:
-            bad[int(i)] = str(error)
+            bad[i] = str(error)
     return out.reshape(len(values), *column.shape), bad
 
 
-def _numbers_from_text(values: pa.Array, column: Column, size: int) -> pa.Array:
-    """A text column (CSV knows no other) as numbers at once, if every value is one."""
-    if size != 1 or not pa.types.is_string(values.type):
-        return values
-    try:
-        return values.cast(pa.int64() if column.dtype.startswith("int") else pa.float64())
-    except pa.ArrowInvalid:
-        return values
+def _plain_numbers(texts: pa.Array, column: Column) -> pa.Array:
+    """Texts (CSV knows no other values) as numbers, null where one is not spelt plainly: each by itself, whatever the others."""
+    integers = column.dtype.startswith("int")
+    plain_N = pc.match_substring_regex(texts, _PLAIN_INTEGER if integers else _PLAIN_NUMBER)
+    return pc.if_else(plain_N, texts, pa.scalar(None, pa.string())).cast(pa.int64() if integers else pa.float64())
 
 
 def _regular(values: pa.Array, column: Column, size: int) -> np.ndarray:
@@ -209,7 +217,8 @@ def decode_value(value: Any, column: Column) -> np.ndarray:
         return _image(value, column)
     shown = value
     if isinstance(value, str):
-        value = _parsed(value)
+        value = _number(value, column) if math.prod(column.shape) == 1 else None
+        value = _parsed(shown) if value is None else value
     try:
         array = np.asarray(value)
     except ValueError:  # ragged
@@ -223,14 +232,20 @@ def decode_value(value: Any, column: Column) -> np.ndarray:
     return array
 
 
+def _number(text: str, column: Column) -> int | float | None:
+    """The number that a text spells, or null."""
+    text = text.strip()
+    if column.dtype.startswith("int") and _INTEGER.fullmatch(text) and len(text) < MAX_DIGITS:
+        return int(text)  # not by way of a float: all 64 bits count
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
 def _parsed(text: str) -> Any:
-    """Text as a number or as JSON. Raises ValueError."""
-    for parse in (int, float, json.loads):
-        try:
-            return parse(text)
-        except (ValueError, RecursionError):
-            continue
-    raise ValueError(_shorten(repr(text)))
+    """What a text says as JSON. Raises ValueError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(_shorten(repr(text))) from None
 
 
 def _image(data: bytes, column: Column) -> np.ndarray:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from . import storage
-from .corpus import open_format
 from .errors import InputError, SpecError
 from .formats.base import corpus_root, relative_path
 from .model_folder import MODEL_FILES, TOKENIZER_FILES, model_digest
 from .plan import corpus_digest
+from .reader import Reader
 from .records import Shard, SourceFile
 from .sections import Section
 from .spec import QueriesSection, Spec
@@ -88,8 +88,8 @@ def addition_digests(run_spec: Spec, shards: Sequence[Shard], queries: str | Non
 
 def queries_digest(section: QueriesSection, classes: Sequence[str] | None) -> str:
     """sha256 of the contents of all query files. Raises InputError, StorageError."""
-    reader, _ = open_format(section.uri, section.format, classes)
-    contents = [digest for file in reader.files(section.uri) for digest in _content_digests(file)]
+    files = Reader(section.uri, section.format, classes).files()
+    contents = [digest for file in files for digest in _content_digests(file)]
     return storage.bytes_digest("\n".join(contents).encode())
 
 

@@ -117,12 +117,12 @@ class LossEngine:
     def losses(
         self, batches: Iterable[Batch], positions: Sequence[int] | None = None, base_S: np.ndarray | None = None
     ) -> Losses:
-        """Losses of N examples.
+        """Losses of N items: of a whole shard, or of any part of it.
 
         Args:
             batches: Together they have each of the N items once; floating-point arrays are cast to the model's dtype.
             positions: Counterparts to use, in this order; null for all.
-            base_S: The items' losses under the base model where they are known: its pass is then left out.
+            base_S: Losses of all the shard's items under the base model where they are known: its pass is then left out.
 
         Raises:
             ValueError: The task returned losses of another shape than [B], or in half precision.
@@ -144,13 +144,15 @@ class LossEngine:
                 items.append(batch.item_B)
                 for losses, loss_B in zip(losses_M, self._passes.losses(tensors, positions), strict=True):
                     losses.append(loss_B[:kept])
-        item_N = np.concatenate(items)
+        item_N, order_N = _ascending(items)
         losses_MN = np.stack([_join(losses) for losses in losses_M]) if losses_M else np.empty((0, len(item_N)))
-        losses_MN[:, item_N] = losses_MN.copy()
-        return Losses(losses_MN[0], losses_MN[1:]) if base_S is None else Losses(base_S, losses_MN)
+        losses_MN = losses_MN[:, order_N]
+        if base_S is not None:
+            return Losses(item_N, base_S[item_N], losses_MN)
+        return Losses(item_N, losses_MN[0], losses_MN[1:])
 
     def derivatives(self, batches: Iterable[Batch], positions: Sequence[int] | None, way: Derivative) -> Losses:
-        """Losses of N examples under the base, and of what they change by to first order on the way to each counterpart.
+        """Losses of N items under the base, and of what they change by to first order on the way to each counterpart.
 
         Args:
             batches: As of `losses`.
@@ -175,12 +177,10 @@ class LossEngine:
                 loss_B, derivative_BQ = self._derivatives(tensors, tuple(group), way)
                 base_M.append(loss_B[:kept])
                 derivative_M.append(derivative_BQ[:kept])
-        item_N = np.concatenate(items)
-        base_N, derivative_NQ = _join(base_M), _join(derivative_M)
-        base_N[item_N], derivative_NQ[item_N] = base_N.copy(), derivative_NQ.copy()
-        base_N = base_N if base_S is None else base_S
-        derivative_QN = np.ascontiguousarray(derivative_NQ.T)
-        return Losses(base_N, (base_N + derivative_QN).astype(base_N.dtype), derivative_QN)
+        item_N, order_N = _ascending(items)
+        base_N = _join(base_M)[order_N] if base_S is None else base_S[item_N]
+        derivative_QN = np.ascontiguousarray(_join(derivative_M)[order_N].T)
+        return Losses(item_N, base_N, (base_N + derivative_QN).astype(base_N.dtype), derivative_QN)
 
     def _by_groups(
         self,
@@ -194,7 +194,10 @@ class LossEngine:
         batches = batches if len(groups) == 1 else list(batches)
         for group in groups:
             with self._counterparts.held(group):
-                found.append(losses_of(batches, group, found[0].base_N if found else base_S))
+                found.append(losses_of(batches, group, base_S))
+            if base_S is None and len(groups) > 1:  # the others leave the base's pass out
+                base_S = np.empty(found[0].item_N.max(initial=-1) + 1, found[0].base_N.dtype)
+                base_S[found[0].item_N] = found[0].base_N
             if len(groups) > 1:
                 self._backward = {}  # with its steps
         return Losses.of_all(found)
@@ -254,6 +257,13 @@ class LossEngine:
             name: tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in tensors.items()
         }
+
+
+def _ascending(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Items of batches in ascending order, and where each of them was."""
+    item_N = np.concatenate(parts)
+    order_N = np.argsort(item_N, kind="stable")
+    return item_N[order_N], order_N
 
 
 def _join(parts: list[Tensor]) -> np.ndarray:

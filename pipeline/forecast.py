@@ -222,11 +222,14 @@ def keep(run: Run, found: Forecast) -> None:
 
 
 def kept(run: Run) -> Forecast | None:
-    """What was predicted of this very run; null if nothing was, or not of what it is now."""
+    """What was predicted of this very run; null if nothing was, or not of what it is now. Raises ArtifactError: it is damaged."""
     try:
-        found: Forecast = _forecasts().validate_python(run.read_json(NAME))
-    except (InputError, ArtifactError, ValueError):
+        tree = run.read_json(NAME)
+    except InputError:
         return None
+    except ArtifactError as error:
+        raise ArtifactError(error.message, "delete it; `mirrorscope plan SPEC --calibrate` predicts again") from error
+    found: Forecast = _forecasts().validate_python(tree)
     return found if found.fingerprint == run.additions[-1].fingerprint else None
 
 

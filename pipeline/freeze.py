@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from . import storage
 from .artifacts import Run
 from .base_losses import rows_kept
-from .corpus import Corpus, open_format, payload_names, require_free_names
+from .corpus import Corpus, payload_names, require_free_names
 from .digests import MODEL_URIS, addition_digests, input_digests, queries_digest, with_absolute_uris
 from .errors import ArtifactError, InputError, SpecError
 from .extensions import load_loader, load_producer, load_task, needs_query, sample_rows
@@ -28,6 +28,7 @@ from .importing import user_code
 from .observe import say
 from .plan import Plan, added_fingerprint, fingerprint, identity, make_plan, make_shards, shard_rows
 from .queries import checked_queries
+from .reader import Reader
 from .records import RANKED, stored
 from .sections import Section
 from .spec import Resolved, Spec
@@ -94,7 +95,7 @@ def _survey(spec: Spec) -> Run:
     _require_fitting_producer(spec)
     load_loader(spec.model)
     corpus = Corpus(spec.corpus)
-    measured = corpus.measure(corpus.list_files(), columns)
+    measured = corpus.measure(corpus.survey_files(), columns)
     if spec.queries is None:
         queries = pa.table({"query_id": [spec.producer.implementation]})
     else:
@@ -148,7 +149,7 @@ def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
         ),
     }
     if queries := spec.queries:
-        _, queries_format = open_format(queries.uri, queries.format, corpus.resolved.classes)
+        queries_format = Reader(queries.uri, queries.format, corpus.resolved.classes).name
         found = {"uri": storage.absolute(queries.uri), "format": queries_format}
         update["queries"] = queries.model_copy(update=found)
     for section in MODEL_URIS:
@@ -302,7 +303,7 @@ def _new_shards(run: Run, uri: str) -> Manifest:
     _require_same_files(run)
     corpus = Corpus(run.spec.corpus.model_copy(update={"uri": uri}))
     known = set(pc.unique(run.shards.table["path"]).to_pylist())
-    files = [file for file in corpus.list_files() if file.path not in known]
+    files = [file for file in corpus.survey_files() if file.path not in known]
     assert run.spec.score.shard_rows is not None
     if not files:
         return Manifest.of([])

@@ -13,17 +13,23 @@ import yaml
 
 from . import storage
 from .artifacts import Run
-from .corpus import concat_rows
 from .ensemble import FOLDER, ensemble_of, member_name, number_of_members
 from .errors import ArtifactError, InputError, SpecError
-from .folder import json_bytes, parallel, parquet_bytes
+from .folder import SPEC_COMMENT, digest_line_problem, json_bytes, parallel, parquet_bytes, with_digest_line
 from .observe import say
 from .records import MANIFEST, Column
+from .spec import Spec
 from .specfile import dump_spec, parse_spec
+from .values import concat_rows
 from .works import Addition, Manifest
 
 MANIFEST_NAME, QUERIES_NAME = "manifest.parquet", "queries.parquet"
 ADDITION_NAME = "addition.json"
+REEXTEND = "put it back from a copy, or extend the run by the same queries and files again: it is written again"
+REFREEZE = (
+    "put it back from a copy, or give the run's command, `mirrorscope run SPEC`: it is written again from the same spec"
+)
+"""What to do about a frozen object that is damaged, for hints: one of an addition, and of the run as it began."""
 _COLUMNS_KEY = b"task_columns"
 
 
@@ -67,12 +73,28 @@ def create_run(run: Run) -> Run | None:
 
 
 def save_spec(run: Run) -> None:
-    """Write run.yaml: the resolved spec, itself a valid spec."""
+    """Write run.yaml: the resolved spec, itself a valid spec, with its digest in a comment at the end."""
     run.write(_spec_bytes(run), "run.yaml")
 
 
 def _spec_bytes(run: Run) -> bytes:
-    return dump_spec(run.spec).encode()
+    return with_digest_line(dump_spec(run.spec), SPEC_COMMENT)
+
+
+def read_spec(run_uri: str) -> Spec:
+    """The spec that a run was frozen with. Raises ArtifactError: run.yaml is damaged, or was edited."""
+    origin = f"{run_uri}/run.yaml"
+    data = storage.read_bytes(origin)
+    if b"\nresolved:" not in data:
+        raise ArtifactError(f"{origin} has no `resolved` section: it was not written by a run, or was cut", REFREEZE)
+    if problem := digest_line_problem(data, SPEC_COMMENT):
+        raise ArtifactError(f"{origin} {problem}", REFREEZE)
+    try:
+        spec = parse_spec(yaml.safe_load(data), origin=origin)
+    except (yaml.YAMLError, SpecError) as error:  # every bit is as it was written
+        raise ArtifactError(f"{origin} was written by another version of mirrorscope: {error}") from error
+    # The folder may have been moved: what it says of its own place does not count.
+    return spec.model_copy(update={"run": spec.run.model_copy(update={"uri": run_uri})})
 
 
 def create_addition(run: Run, addition: Addition, shards: Manifest, queries: pa.Table | None) -> None:
@@ -86,9 +108,9 @@ def create_addition(run: Run, addition: Addition, shards: Manifest, queries: pa.
         if table is not None:
             data = parquet_bytes(table)
             tables[kind] = storage.bytes_digest(data)
-            run.write(data, *_addition_path(addition.number, _table_name(kind, tables[kind])))
+            run.write(data, *_addition_parts(addition.number, _table_name(kind, tables[kind])))
     data = json_bytes({**asdict(addition), "tables": tables})
-    uri = run.uri(*_addition_path(addition.number, ADDITION_NAME))
+    uri = run.uri(*_addition_parts(addition.number, ADDITION_NAME))
     if run.resolved.commits == "put":
         storage.write_bytes(uri, data)
     elif not storage.create_bytes(uri, data) and storage.read_bytes(uri) != data:
@@ -97,7 +119,20 @@ def create_addition(run: Run, addition: Addition, shards: Manifest, queries: pa.
         )
 
 
-def _addition_path(number: int, name: str) -> tuple[str, str, str]:
+def addition_path(number: int) -> str:
+    """Path of what commits an addition."""
+    return "/".join(_addition_parts(number, ADDITION_NAME))
+
+
+def addition_tables(number: int, described: Mapping[str, Any]) -> dict[str, str]:
+    """Path -> sha256 of the tables that an addition names."""
+    return {
+        "/".join(_addition_parts(number, _table_name(kind, sha256))): sha256
+        for kind, sha256 in described["tables"].items()
+    }
+
+
+def _addition_parts(number: int, name: str) -> tuple[str, str, str]:
     return "additions", f"{number:04d}", name
 
 
@@ -105,41 +140,21 @@ def _table_name(kind: str, sha256: str) -> str:
     return f"{kind}-{sha256[:16]}.parquet"
 
 
-def frozen_objects(run: Run) -> dict[str, str | None]:
-    """Path -> sha256 (where one is known) of everything frozen of a run, for its verification."""
-    found: dict[str, str | None] = {"run.yaml": None, **run.resolved.tables}
-    for addition in run.additions[1:]:
-        found["/".join(_addition_path(addition.number, ADDITION_NAME))] = None
-        for kind, sha256 in _read_addition(run, addition.number)["tables"].items():
-            found["/".join(_addition_path(addition.number, _table_name(kind, sha256)))] = sha256
-    return found
-
-
 def open_run(run_uri: str) -> Run:
     """Open a frozen run: an Ensemble where its spec asks for one.
 
     Raises:
-        ArtifactError: There is none, or what was frozen is damaged.
+        ArtifactError: There is none, or what was frozen is damaged, or a part of it is gone.
     """
     run_uri = storage.absolute(run_uri)
     if not is_run(run_uri):
         raise ArtifactError(f"{run_uri} holds no run (no run.yaml)", "give the run.uri of a spec that was run")
-    origin = f"{run_uri}/run.yaml"
-    try:
-        spec = parse_spec(yaml.safe_load(storage.read_bytes(origin)), origin=origin)
-    except (yaml.YAMLError, SpecError) as error:
-        raise ArtifactError(f"{origin} is damaged: {error}") from error
-    if spec.resolved is None:
-        raise ArtifactError(f"{origin} has no `resolved` section: it was not written by a run")
-    # The folder may have been moved: what it says of its own place does not count.
-    spec = spec.model_copy(update={"run": spec.run.model_copy(update={"uri": run_uri})})
+    spec = read_spec(run_uri)
     bare = Run(spec, Manifest.of([]), (), pa.table({"query_id": pa.array([], pa.string())}), ())
     try:
-        tables = [
-            bare.read_table(name, sha256=bare.resolved.tables.get(name)) for name in (MANIFEST_NAME, QUERIES_NAME)
-        ]
-    except InputError as error:
-        raise ArtifactError(f"{run_uri} is incomplete: {error.message}") from error
+        tables = [bare.read_table(name, sha256=bare.resolved.tables[name]) for name in (MANIFEST_NAME, QUERIES_NAME)]
+    except (InputError, ArtifactError) as error:
+        raise ArtifactError(error.message, REFREEZE) from error
     manifest, queries = tables
     if manifest.schema.names != MANIFEST.names or _COLUMNS_KEY not in (manifest.schema.metadata or {}):
         raise ArtifactError(f"{run_uri}/{MANIFEST_NAME} is not a manifest")
@@ -163,13 +178,18 @@ def _with_members(run: Run) -> Run:
 def _with_additions(run: Run) -> Run:
     """The run with all that was added to it."""
     numbers = [int(name) for name in storage.names(run.uri("additions")) if name.isdigit()]
-    committed = parallel(lambda n: storage.exists(run.uri(*_addition_path(n, ADDITION_NAME))), numbers)
+    committed = parallel(lambda n: storage.exists(run.uri(addition_path(n))), numbers)
     manifests, queries, additions = [run.shards.table], [run.queries], list(run.additions)
-    for number in (number for number, done in zip(numbers, committed, strict=True) if done):
-        described = _read_addition(run, number)
-        for kind, tables in (("manifest", manifests), ("queries", queries)):
-            if sha256 := described["tables"].get(kind):
-                tables.append(run.read_table(*_addition_path(number, _table_name(kind, sha256)), sha256=sha256))
+    for place, number in enumerate((n for n, done in zip(numbers, committed, strict=True) if done), start=1):
+        if number != place:
+            raise ArtifactError(f"{run.uri(addition_path(place))} is gone", REEXTEND)
+        try:
+            described = read_addition(run, number)
+            for kind, tables in (("manifest", manifests), ("queries", queries)):
+                if sha256 := described["tables"].get(kind):
+                    tables.append(run.read_table(*_addition_parts(number, _table_name(kind, sha256)), sha256=sha256))
+        except (InputError, ArtifactError) as error:
+            raise ArtifactError(error.message, REEXTEND) from error
         known = {name: value for name, value in described.items() if name != "tables"}
         additions.append(Addition(**{**known, "query_ids": tuple(known["query_ids"])}))
     if len(additions) == 1:
@@ -178,11 +198,9 @@ def _with_additions(run: Run) -> Run:
     return replace(run, shards=Manifest(shards), queries=concat_rows(queries), additions=tuple(additions))
 
 
-def _read_addition(run: Run, number: int) -> Mapping[str, Any]:
-    found = run.read_json(*_addition_path(number, ADDITION_NAME))
-    if not isinstance(found, dict) or "tables" not in found:
-        raise ArtifactError(f"{run.uri(*_addition_path(number, ADDITION_NAME))} is damaged")
-    return found
+def read_addition(run: Run, number: int) -> dict[str, Any]:
+    """What commits an addition. Raises InputError, ArtifactError: it is not there, or damaged."""
+    return run.read_json(addition_path(number))
 
 
 def _in_order(queries: pa.Table) -> tuple[str, ...]:

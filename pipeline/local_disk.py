@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -31,7 +32,9 @@ def write_local(_: Any, path: str, data: bytes, only_new: bool) -> None:
 
 
 def files_below(fs: Any, path: str, levels: float = math.inf) -> dict[str, dict[str, Any]]:
-    """Path -> info of every file under a folder. Raises OSError: a local folder that cannot be listed is no empty one.
+    """Path -> info of every file under a folder; a link that leads nowhere is of type `link`.
+
+    Raises OSError: a local folder that cannot be listed is no empty one.
 
     Args:
         fs: fsspec file system.
@@ -42,14 +45,35 @@ def files_below(fs: Any, path: str, levels: float = math.inf) -> dict[str, dict[
         return dict(fs.find(path, detail=True))
     found = {}
     depth = path.rstrip("/").count("/") + levels
-    for folder, folders, names in os.walk(path, onerror=_unless_gone, followlinks=True):
+    for folder, folders, names in _walk(path):
         if folder.count("/") + 1 >= depth:
             folders.clear()
         for name in names:
-            with suppress(FileNotFoundError):  # a temporary file, renamed by now
-                state = os.stat(os.path.join(folder, name))
-                found[os.path.join(folder, name)] = {"size": state.st_size, "mtime": state.st_mtime, "type": "file"}
+            file = os.path.join(folder, name)
+            try:
+                state = os.stat(file)
+                found[file] = {"size": state.st_size, "mtime": state.st_mtime, "type": "file"}
+            except FileNotFoundError:  # else a temporary file, renamed by now
+                if os.path.islink(file):
+                    found[file] = {"size": 0, "mtime": 0.0, "type": "link"}
     return found
+
+
+def folders_below(fs: Any, path: str) -> list[str]:
+    """Every folder under a folder, on a local disk; elsewhere none, since stores have no folders but those of their files."""
+    if not isinstance(fs, LocalFileSystem):
+        return []
+    return [os.path.join(folder, name) for folder, folders, _ in _walk(path) for name in folders]
+
+
+def _walk(path: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk; links to folders are followed, but those that lead back to a folder above them."""
+    for folder, folders, names in os.walk(path, onerror=_unless_gone, followlinks=True):
+        for name in [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            target = os.path.realpath(os.path.join(folder, name))
+            if f"{os.path.realpath(folder)}/".startswith(f"{target.rstrip('/')}/"):
+                folders.remove(name)
+        yield folder, folders, names
 
 
 def _unless_gone(error: OSError) -> None:

@@ -56,11 +56,11 @@ def spread(number: int, chosen: int) -> np.ndarray:
 
 
 def batches_of(inputs: Inputs, batches: Iterable[Batch], item_M: np.ndarray) -> Iterator[Batch]:
-    """Some items, ascending, in batches no larger than those they are scored in; numbered from 0."""
+    """Some items in batches no larger than those they are scored in."""
     for batch in batches:
         items = batch.item_B[np.isin(batch.item_B, item_M)]
         if len(items):
-            yield Batch(np.searchsorted(item_M, items), inputs.rows(items))
+            yield Batch(items, inputs.rows(items))
 
 
 def noise_of(query_ids: Sequence[str], error_QM: np.ndarray) -> dict[str, Noise]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ GAP_PX = 8
 CAPTION_PX = 30
 HEAD_PX = 56
 QUERY_PX = 190
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 INK, FAINT, PAPER, GOOD, BAD = "#1b1f24", "#6b7280", "#ffffff", "#15803d", "#b91c1c"
 
 
@@ -110,3 +113,18 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def png_problem(data: bytes) -> str:
+    """Why a PNG is not as it was written, by the checksum of each of its chunks; empty if it is."""
+    at = len(_PNG_SIGNATURE)
+    if data[:at] != _PNG_SIGNATURE:
+        return "is no PNG"
+    kind = b""
+    while kind != b"IEND":
+        size, kind = struct.unpack_from(">I4s", data, at) if at + 8 <= len(data) else (0, b"")
+        stop = at + 8 + size
+        if stop + 4 > len(data) or zlib.crc32(data[at + 4 : stop]) != int.from_bytes(data[stop : stop + 4]):
+            return f"is damaged at byte {at:,}: a wrong checksum"
+        at = stop + 4
+    return "" if at == len(data) else f"has {len(data) - at:,} bytes behind its end"

@@ -139,10 +139,10 @@ def _scores(run: Run) -> Content:
 
 
 def _ranking(run: Run) -> Content:
-    data = storage.read_bytes(run.uri("topk", "ranked.parquet"))
+    data, _ = run.ranked_bytes()
     sha256 = storage.bytes_digest(data)
     uri = run.uri("lake", f"ranked-{sha256[:16]}.parquet")
-    if not storage.exists(uri):
+    if not storage.exists(uri) or storage.file_digest(uri) != sha256:
         storage.write_bytes(uri, data)
     return Content("topk", pq.read_schema(io.BytesIO(data)), None, {file_uri(uri): sha256})
 

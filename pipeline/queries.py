@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from . import storage
-from .corpus import as_text, check_columns, concat_rows, open_format
 from .decode import decode
 from .errors import InputError
 from .extensions import prepared
 from .observe import say
 from .plan import make_shards
+from .reader import Reader, check_columns
 from .records import Column
 from .spec import QueriesSection
+from .values import as_text, concat_rows
 
 if TYPE_CHECKING:
     from .batches import Inputs
@@ -37,20 +36,19 @@ def read_queries(section: QueriesSection, columns: Sequence[Column], classes: Se
     Raises:
         InputError: Files, rows or ids are missing, or a row cannot be decoded: a query is never silently smaller.
     """
-    reader, name = open_format(section.uri, section.format, classes)
-    if name == "image_folder" and classes is None:
+    reader = Reader(section.uri, section.format, classes)
+    if reader.name == "image_folder" and classes is None:
         raise InputError(
             f"queries {section.uri}: folders of images have labels by position", "list corpus.classes in label order"
         )
-    id_column = section.query_id or ("path" if name == "image_folder" else "query_id")
+    id_column = section.query_id or ("path" if reader.name == "image_folder" else "query_id")
+    files = [measured for file in reader.survey() if (measured := reader.measure(file)).rows]
     tables = []
-    for file in reader.files(section.uri):
-        measured = storage.retried(file.path, partial(reader.measure, file))
-        if not measured.rows:
-            continue
-        check_columns(measured, columns, {"queries.query_id": [id_column]})
+    for measured in reader.with_columns(files, None):
+        file = measured.file
+        check_columns(measured, columns, {"queries.query_id": [id_column], "queries": measured.repeated})
         for shard in make_shards([measured], WHOLE_FILE_ROWS):
-            rows = storage.retried(shard.path, partial(reader.read, shard, list(measured.columns)))
+            rows = reader.read(shard, list(measured.columns))
             _, _, rejects = decode(rows.table, rows.row_N, columns)
             for reject in sorted([*rows.rejects, *rejects], key=lambda one: one.row):
                 raise InputError(

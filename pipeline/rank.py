@@ -16,12 +16,13 @@ import pyarrow as pa
 
 from . import noise, topk
 from .artifacts import Run
-from .corpus import Corpus, concat_rows, payload_names
+from .corpus import Corpus, payload_names
 from .folder import parallel, partition
 from .observe import say
 from .records import RANKED, SOURCES, as_stored
 from .scorefile import ScoreFile
 from .selection import select
+from .values import concat_rows
 from .works import Receipt
 
 SHARDS_AT_ONCE = 256

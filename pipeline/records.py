@@ -207,6 +207,7 @@ class Measured:
         byte_offsets: Text formats: where every `stride`-th row starts, with the file's end behind; else empty.
         stride: Rows between two byte offsets.
         groups: Rows of each piece that can only be read whole, in order; empty where there is no such thing.
+        repeated: Names that more than one column has.
     """
 
     file: SourceFile
@@ -215,6 +216,7 @@ class Measured:
     byte_offsets: tuple[int, ...] = ()
     stride: int = 0
     groups: tuple[int, ...] = ()
+    repeated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

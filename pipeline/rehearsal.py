@@ -189,12 +189,9 @@ class _Trial:
         return Compiling(plan.members * first_s, times, plain.score_s - with_it.score_s)
 
     def _batches(self, inputs: Inputs) -> list[Batch]:
-        """Of the shard; each goes through on its own."""
+        """Of the shard."""
         section = self.run.spec.score
-        return [
-            replace(batch, item_B=np.arange(len(batch.item_B)))
-            for batch in inputs.batches(section.batch_rows, section.batch_tokens)
-        ]
+        return list(inputs.batches(section.batch_rows, section.batch_tokens))
 
     @cached_property
     def _shard(self) -> tuple[Work, tuple[Examples, Inputs], float]:

@@ -21,6 +21,7 @@ from . import noise
 from .artifacts import Run
 from .decode import decode_value
 from .ensemble import number_of_members
+from .folder import PAGE_COMMENT, with_digest_line
 from .observe import printable, without_controls
 from .picture import Strip, Tile, contact_sheet, picture_of, to_png
 from .records import LOSSES, RANKED, Column
@@ -53,8 +54,8 @@ def report(run: Run) -> None:
 
 
 def page_bytes(html: str) -> bytes:
-    """A page as it is written: UTF-8, without the control characters of the texts that it shows."""
-    return without_controls(html).encode()
+    """A page as it is written: UTF-8, without the control characters of the texts that it shows, with its digest at the end."""
+    return with_digest_line(without_controls(html), PAGE_COMMENT)
 
 
 def picture_column(run: Run, ranked: pa.Table) -> Column | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .artifacts import Run
-from .audit import mend
+from .audit import mend, require_whole
 from .cluster import connected
 from .ensemble import Ensemble, members_of
 from .errors import QuarantineError
@@ -80,6 +80,7 @@ def rerank(run_uri: str, overrides: Sequence[str]) -> Run:
     """
     run = open_run(run_uri)
     section = parse_spec(run.spec.model_dump(mode="json"), overrides).rank
+    require_whole(run)
     run = replace(run, spec=run.spec.model_copy(update={"rank": section}))
     finish(run)
     save_spec(run)

@@ -192,7 +192,7 @@ class ShardScorer:
             say_seldom("noise", f"rounding noise is not measured (score.noise_rows): {first_line(error)}")
             return {}
         fine_QS = np.full((len(query_ids), inputs.items), np.nan)
-        fine_QS[:, item_M] = found.difference_QN
+        fine_QS[:, found.item_N] = found.difference_QN
         rows = [work.query_ids.index(query_id) for query_id in query_ids]
         error_QM = inputs.of_examples(fine_QS)[:, example_M] - coarse_QN[rows][:, example_M]
         return noise.noise_of(query_ids, error_QM)
@@ -229,11 +229,9 @@ class ShardScorer:
         if kept_S is None:
             return None
         if self._engine.is_compiled not in self._reproduces:
-            first = next(self._batches(inputs))
-            own = Batch(np.arange(len(first.item_B)), first.arrays)
             with self._about(work):
-                own_B = self._engine.losses([own], ()).base_N
-            is_same = own_B.tobytes() == kept_S[first.item_B].tobytes()
+                own = self._engine.losses(islice(self._batches(inputs), 1), ())
+            is_same = own.base_N.tobytes() == kept_S[own.item_N].tobytes()
             self._reproduces[self._engine.is_compiled] = is_same
             if not is_same:
                 said = (

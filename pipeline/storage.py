@@ -7,6 +7,7 @@ fsspec's, which knows ETags and conditional PUTs. A request that may pass is rep
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import threading
@@ -50,7 +51,7 @@ _repeating = threading.local()
 
 @dataclass(frozen=True)
 class Stored:
-    """One object as a listing shows it."""
+    """One object as a listing shows it; `modified_s` is infinite where the store does not say it."""
 
     size_bytes: int
     modified_s: float
@@ -284,8 +285,27 @@ def objects(uri: str) -> dict[str, Stored]:
 
 
 def _modified_s(info: dict[str, Any]) -> float:
-    value = next((info[name] for name in _TIMES if info.get(name)), time.time())  # unknown: young, so that gc spares it
+    value = next((info[name] for name in _TIMES if info.get(name)), math.inf)  # unknown: young, so that gc spares it
     return value.timestamp() if isinstance(value, datetime) else float(value)
+
+
+def modified_s(uri: str) -> float:
+    """When an object was last written, Unix seconds by the store's clock; infinite if the store does not say.
+
+    Raises InputError, StorageError.
+    """
+    fs, path = locate(uri)
+    return _modified_s(retried(uri, lambda: fs.info(path)))
+
+
+def now_s(folder_uri: str) -> float:
+    """The time by the clock that dates the objects of a folder, as `modified_s`: that of a probe. Raises StorageError."""
+    probe = f"{folder_uri}/.probe-{uuid.uuid4().hex}"
+    write_bytes(probe, b"probe")
+    try:
+        return modified_s(probe)
+    finally:
+        remove(probe)
 
 
 def remove(uri: str) -> None:

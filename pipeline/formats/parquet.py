@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 from .. import storage
 from ..errors import InputError
 from ..records import Measured, Rows, Shard, SourceFile
-from ..storage_errors import is_store_error, mapped
-from .base import find_files
+from .base import Listing, readable_as
 
 KEPT_BYTES = 128 << 20
 """Of row groups larger than shards, that stays in memory for the shards to come: the rows last decoded, as Arrow has them."""
@@ -36,8 +35,9 @@ class _Groups:
 
     def __init__(self, of: tuple[Any, ...], shard: Shard, columns: Sequence[str]) -> None:
         self._of, self._path = of, shard.path
-        with ExitStack() as files, _named(shard.path):
-            parquet = pq.ParquetFile(files.enter_context(storage.reading(shard.path)), pre_buffer=True)
+        with ExitStack() as files, _readable(shard.path):
+            source = files.enter_context(storage.reading(shard.path))
+            parquet = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
             groups, self._first = _row_groups(parquet.metadata, shard.row_start, shard.rows)
             self.rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
             self._coming = parquet.iter_batches(DECODED_ROWS, groups, list(columns))
@@ -51,7 +51,7 @@ class _Groups:
 
     def read(self, shard: Shard) -> pa.Table:
         """A shard's rows; fewer where the file has fewer."""
-        with _named(self._path):
+        with _readable(self._path):
             while self._end < shard.row_start + shard.rows:
                 batch = next(self._coming, None)
                 if batch is None:
@@ -75,24 +75,26 @@ class _Groups:
 class Parquet:
     """Apache Parquet files."""
 
-    suffixes = (".parquet", ".pq")
+    suffixes: tuple[str, ...] = (".parquet", ".pq")
 
     def __init__(self) -> None:
         self._large: _Groups | None = None
         self._reading = threading.Lock()
 
-    def files(self, uri: str) -> list[SourceFile]:
+    def files(self, listing: Listing) -> list[SourceFile]:
         """See Format."""
-        return find_files(uri, self.suffixes)
+        return listing.pick(self.suffixes)
 
     def measure(self, file: SourceFile) -> Measured:
         """See Format."""
         fs, path = storage.data_filesystem(file.path)
-        with _named(file.path):  # the size is known from the listing: one request for the footer, and no other
+        with _readable(file.path):  # the size is known from the listing: one request for the footer, and no other
             metadata = ds.ParquetFileFormat().make_fragment(path, fs, file_size=file.size_bytes).metadata
             schema = metadata.schema.to_arrow_schema()
             groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        return Measured(file, metadata.num_rows, dict(zip(schema.names, schema.types, strict=True)), groups=groups)
+        repeated = tuple(name for name, times in Counter(schema.names).items() if times > 1)
+        columns = dict(zip(schema.names, schema.types, strict=True))
+        return Measured(file, metadata.num_rows, columns, groups=groups, repeated=repeated)
 
     def read(self, shard: Shard, columns: Sequence[str]) -> Rows:
         """See Format. Row groups larger than the shard are decoded once for all shards in them; others side by side."""
@@ -133,15 +135,5 @@ def _row_groups(metadata: pq.FileMetaData, start: int, rows: int) -> tuple[list[
     return groups, first
 
 
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """What pyarrow raises, as an InputError that names the file, or as the store's error that it is."""
-    with mapped(path):
-        try:
-            yield
-        except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowNotImplementedError) as error:
-            raise InputError(f"{path} cannot be read as Parquet: {error}") from error
-        except OSError as error:
-            if is_store_error(error):
-                raise
-            raise InputError(f"{path} cannot be read as Parquet: {error}") from error
+def _readable(path: str) -> AbstractContextManager[None]:
+    return readable_as("Parquet", path)

@@ -9,25 +9,27 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from .. import storage
 from ..errors import InputError
+from ..observe import printable
 from ..records import Measured, Reject, Rows, Shard, SourceFile
-from .base import find_files
+from ..values import json_column, json_field
+from .base import Listing
+from .streams import BUFFER_BYTES, TextBytes, open_text, with_compressed
 
 csv.field_size_limit(1 << 30)  # the text of an image is longer than the module's own 128 KiB
 
 STRIDE = 256
 """Rows between two recorded byte offsets: a shard reads at most this many rows that are not its own."""
 LOOK_ROWS = 100
-"""Rows of a JSON-lines file whose keys count as its columns."""
+"""Rows of a JSON-lines file whose keys are its columns, unless `find_columns` looks for others."""
 SHOW_CHARS = 80
-HEADER_BYTES = 1 << 20
 
 
 def _records(lines: Iterable[bytes], quoted: bool, offset: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -47,10 +49,11 @@ def _records(lines: Iterable[bytes], quoted: bool, offset: int = 0) -> Iterator[
 
 
 def _measure(file: SourceFile, quoted: bool, header: bool) -> tuple[int, tuple[int, ...], list[bytes]]:
-    """Rows, byte offset of every STRIDE-th with the end behind, and the first records (with the header)."""
-    offsets, rows, head = [], 0, []
-    with storage.reading(file.path) as source:
-        for position, (offset, record) in enumerate(_records(io.BufferedReader(source, storage.CHUNK_BYTES), quoted)):
+    """Rows, byte offset of every STRIDE-th with the end of the last behind, and the first records (with the header)."""
+    offsets, rows, head, stop = [], 0, [], 0
+    with open_text(file.path) as source:
+        for position, (offset, record) in enumerate(_records(source, quoted)):
+            stop = offset + len(record)
             if position < LOOK_ROWS:
                 head.append(record)
             if header and position == 0:
@@ -58,12 +61,11 @@ def _measure(file: SourceFile, quoted: bool, header: bool) -> tuple[int, tuple[i
             if rows % STRIDE == 0:
                 offsets.append(offset)
             rows += 1
-    return rows, (*offsets, file.size_bytes), head
+    return rows, (*offsets, stop), head
 
 
-def _shard_records(shard: Shard, quoted: bool) -> list[bytes]:
-    assert shard.byte_start is not None
-    data = storage.read_bytes(shard.path, shard.byte_start, shard.byte_stop)
+def _own_records(shard: Shard, data: bytes, quoted: bool) -> list[bytes]:
+    """A shard's records in the bytes between its two offsets."""
     records = [record for _, record in _records(io.BytesIO(data), quoted)]
     skip = shard.row_start % STRIDE
     records = records[skip : skip + shard.rows]
@@ -72,38 +74,46 @@ def _shard_records(shard: Shard, quoted: bool) -> list[bytes]:
     return records
 
 
-def _table(parsed: list[dict[str, Any]], columns: Sequence[str]) -> pa.Table:
-    return pa.table({name: _column([row.get(name) for row in parsed]) for name in columns})
-
-
-def _column(values: list[Any]) -> pa.Array:
-    """Python values as one Arrow column; where types are mixed, as JSON text, which decoding reads back."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
-        return pa.array(texts, pa.string())
-
-
 def _show(record: bytes) -> str:
-    text = record.decode("utf-8", "replace").strip()
+    text = printable(record[: 4 * SHOW_CHARS].decode("utf-8", "replace").strip())
     return text if len(text) <= SHOW_CHARS else text[:SHOW_CHARS] + "..."
 
 
-def _rows(shard: Shard, parsed: list[dict[str, Any] | Reject], columns: Sequence[str]) -> Rows:
+def _parsed_rows(
+    shard: Shard, parsed: list[dict[str, Any] | Reject]
+) -> tuple[list[dict[str, Any]], Any, tuple[Reject, ...]]:
+    """Rows that could be parsed, the position of each in the file, and the others."""
     good = [(shard.row_start + i, row) for i, row in enumerate(parsed) if isinstance(row, dict)]
     bad = tuple(row for row in parsed if isinstance(row, Reject))
-    return Rows(_table([row for _, row in good], columns), np.array([i for i, _ in good], np.int64), bad)
+    return [row for _, row in good], np.array([i for i, _ in good], np.int64), bad
+
+
+class _RepeatedKeyError(ValueError):
+    """An object of JSON has a key twice: which of the values counts, nobody knows."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise _RepeatedKeyError(printable(f"key {name[:SHOW_CHARS]!r} more than once"))
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 class JsonLines:
-    """One JSON object per line."""
+    """One JSON object per line. A key that a row lacks is null in it; a row with a key twice is rejected."""
 
-    suffixes = (".jsonl", ".ndjson", ".json")
+    suffixes = with_compressed(".jsonl", ".ndjson", ".json")
 
-    def files(self, uri: str) -> list[SourceFile]:
+    def __init__(self) -> None:
+        self._bytes = TextBytes()
+
+    def files(self, listing: Listing) -> list[SourceFile]:
         """See Format."""
-        return find_files(uri, self.suffixes)
+        return listing.pick(self.suffixes)
 
     def measure(self, file: SourceFile) -> Measured:
         """See Format."""
@@ -114,17 +124,42 @@ class JsonLines:
             raise InputError(f"{file.path} cannot be read as JSON lines: its first line is {_show(head[0])!r}")
         return Measured(file, rows, names, offsets, STRIDE)
 
+    def find_columns(self, file: SourceFile, names: Collection[str] | None) -> list[str]:
+        """Keys of a file's rows, in order of appearance: all, or those of some names that any row has.
+
+        It reads the file once more, to its end or until all names are found.
+        """
+        found: dict[str, None] = {}
+        sought = None if names is None else [json.dumps(name).encode() for name in names]
+        with open_text(file.path) as source:
+            for _, record in _records(source, quoted=False):
+                # Parsing takes ten times as long as looking; a key may be spelt with escapes.
+                if sought is None or b"\\u" in record or any(name in record for name in sought):
+                    row = self._parse(0, record)
+                    found |= dict.fromkeys(
+                        name for name in (row if isinstance(row, dict) else ()) if names is None or name in names
+                    )
+                if names is not None and len(found) == len(names):
+                    break
+        return list(found)
+
     def read(self, shard: Shard, columns: Sequence[str]) -> Rows:
         """See Format."""
-        records = _shard_records(shard, quoted=False)
-        return _rows(shard, [self._parse(shard.row_start + i, record) for i, record in enumerate(records)], columns)
+        records = _own_records(shard, self._bytes.read(shard), quoted=False)
+        parsed = [self._parse(shard.row_start + i, record) for i, record in enumerate(records)]
+        rows, row_N, rejects = _parsed_rows(shard, parsed)
+        arrays = [json_column([row.get(name) for row in rows]) for name in columns]
+        schema = pa.schema([json_field(name, array.type) for name, array in zip(columns, arrays, strict=True)])
+        return Rows(pa.table(arrays, schema), row_N, rejects)
 
     @staticmethod
     def _parse(row: int, record: bytes) -> dict[str, Any] | Reject:
         try:
-            value = json.loads(record)
+            value = _DECODER.decode(record.decode("utf-8-sig").strip())
             if b"\\ud" in record.lower():  # half a surrogate pair is JSON, but no text
                 json.dumps(value, ensure_ascii=False).encode()
+        except _RepeatedKeyError as error:
+            return Reject(row, "(row)", f"{error}: {_show(record)}", "a JSON object, every key once")
         except (ValueError, RecursionError):  # malformed JSON, or bytes that are not UTF-8
             value = None
         return value if isinstance(value, dict) else Reject(row, "(row)", _show(record), "a JSON object")
@@ -133,26 +168,35 @@ class JsonLines:
 class Csv:
     """Comma-separated values with a header line; every value is text until a task reads it."""
 
-    suffixes = (".csv",)
+    suffixes = with_compressed(".csv")
 
-    def files(self, uri: str) -> list[SourceFile]:
+    def __init__(self) -> None:
+        self._bytes = TextBytes()
+
+    def files(self, listing: Listing) -> list[SourceFile]:
         """See Format."""
-        return find_files(uri, self.suffixes)
+        return listing.pick(self.suffixes)
 
     def measure(self, file: SourceFile) -> Measured:
         """See Format."""
         rows, offsets, head = _measure(file, quoted=True, header=True)
         if not head:
             raise InputError(f"{file.path} cannot be read as CSV: it has no header line")
-        return Measured(file, rows, {name: pa.null() for name in self._header(file.path, head[0])}, offsets, STRIDE)
+        names = self._header(file.path, head[0])
+        repeated = tuple(name for name, times in Counter(names).items() if times > 1)
+        return Measured(file, rows, dict.fromkeys(names, pa.null()), offsets, STRIDE, repeated=repeated)
 
     def read(self, shard: Shard, columns: Sequence[str]) -> Rows:
         """See Format."""
-        top = storage.read_bytes(shard.path, 0, HEADER_BYTES)
+        with open_text(shard.path) as source:
+            top = source.read(BUFFER_BYTES)
         header = self._header(shard.path, next(_records(io.BytesIO(top), quoted=True))[1])
-        records = _shard_records(shard, quoted=True)
-        return _rows(
-            shard, [self._parse(header, shard.row_start + i, record) for i, record in enumerate(records)], columns
+        records = _own_records(shard, self._bytes.read(shard), quoted=True)
+        parsed = [self._parse(header, shard.row_start + i, record) for i, record in enumerate(records)]
+        rows, row_N, rejects = _parsed_rows(shard, parsed)
+        names = [name for name in columns if name in header]
+        return Rows(
+            pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names}), row_N, rejects
         )
 
     @staticmethod

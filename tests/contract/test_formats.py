@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import formats
-from pipeline.corpus import SUFFIXES, Corpus
+from pipeline.corpus import Corpus
 from pipeline.errors import InputError
 from pipeline.extensions import load_format
 from pipeline.formats import parquet
+from pipeline.formats.base import list_files
 from pipeline.formats.text import STRIDE
 from pipeline.plan import make_shards
 from pipeline.queries import WHOLE_FILE_ROWS, read_queries
+from pipeline.reader import SUFFIXES
 from pipeline.records import Column
 from pipeline.spec import CorpusSection, QueriesSection
 
@@ -467,7 +469,7 @@ def test_hidden_files_and_folders_are_passed_over(word, tmp_path):
     beside = tmp_path / case.name / "class-0" if word == "image_folder" else tmp_path
     for name in (f"._a{suffix}", f"_SUCCESS{suffix}"):
         (beside / name).write_bytes(b"junk")
-    for folder in (".ipynb_checkpoints", "_delta_log"):
+    for folder in (".ipynb_checkpoints", "_temporary"):
         (tmp_path / folder).mkdir()
         case.write(tmp_path / folder / case.name, plain_rows(1))
     assert [0, 1] == read(corpus(tmp_path), case.columns)["rows"]
@@ -652,7 +654,7 @@ def large_group(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     write_parquet(path, plain_rows(20), 20)
     opened = parquet.Parquet()
-    shards = make_shards([opened.measure(*opened.files(str(path)))], 8)
+    shards = make_shards([opened.measure(*opened.files(list_files(str(path))))], 8)
     assert [8, 8, 4] == [shard.rows for shard in shards]
     return path, opened, shards
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from pipeline.audit import audit, collect
 from pipeline.errors import ArtifactError, InputError, PipelineError
 from pipeline.folder import parquet_bytes
 from pipeline.freeze import extend, freeze
-from pipeline.frozen import is_run, open_run
+from pipeline.frozen import is_run, open_run, save_spec
 from pipeline.run import rerank
 from pipeline.scorer import ShardScorer
 from pipeline.works import Receipt
@@ -117,8 +118,11 @@ class Protocol(RuleBasedStateMachine):
         """
         self.extended, self.conditional = start == "grown", conditional
         for path, data in self.world.starts[start].items():
-            kept = conditional or path != "run.yaml"
-            storage.write_bytes(f"{self.uri}/{path}", data if kept else data.replace(b": create\n", b": put\n"))
+            storage.write_bytes(f"{self.uri}/{path}", data)
+        if not conditional and is_run(self.uri):
+            run = open_run(self.uri)
+            put = run.resolved.model_copy(update={"commits": "put"})
+            save_spec(replace(run, spec=run.spec.model_copy(update={"resolved": put})))
 
     def spec(self, *overrides: str):
         return self.world.small.spec(self.uri, *OVERRIDES, *overrides)

@@ -16,7 +16,7 @@ from jobs import display
 from jobs.seaweed import upload
 from pipeline import storage
 from pipeline.errors import ArtifactError, UnavailableError
-from pipeline.formats.base import find_files
+from pipeline.formats.base import list_files
 from pipeline.frozen import open_run
 from pipeline.queries import read_queries
 from pipeline.run import attribute, finish, rerank
@@ -116,15 +116,15 @@ def test_a_listing_in_a_bad_moment_is_never_a_shorter_one(s3_fresh, s3_proxy, tm
         for i in range(2):
             CASES["csv"].write(tmp_path / folder / f"part-{i}.csv", plain_rows(1))
     uri = upload(tmp_path, s3_fresh.prefix("listing")) + path
-    files = find_files(uri, [".csv"])
-    assert len(files) == (1 if path.endswith("0.csv") else 6)
+    files = list_files(uri)
+    assert len(files.files) == (1 if path.endswith("0.csv") else 6)
     for after in range(4):
         s3_proxy.clear()
         s3_proxy.add("slow_down", after=after)
-        assert files == find_files(uri, [".csv"])
+        assert files == list_files(uri)
     s3_proxy.add("slow_down", times=None)
     with pytest.raises(UnavailableError, match=r"; tried 8 times"):
-        find_files(uri, [".csv"])
+        list_files(uri)
 
 
 @pytest.mark.parametrize("word", ["parquet", "jsonl", "csv"])

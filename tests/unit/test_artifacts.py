@@ -181,7 +181,7 @@ def test_a_complete_run_is_sealed_with_its_counts(make_spec):
     commit_all(run, rows=20, rejects=2)
     run.seal()
     expected = {"shards": 3, "rows": 148, "rejects": 2, "commits": 3, "fingerprint": run.resolved.fingerprint}
-    assert expected == json.loads(Path(run.uri("_SUCCESS")).read_text())
+    assert expected == run.read_json("_SUCCESS")
 
 
 def test_a_run_with_a_missing_shard_is_not_sealed(run):

@@ -16,6 +16,7 @@ from jobs.cli import app, guarded
 from pipeline import storage
 from pipeline.audit import audit, collect, mend, void
 from pipeline.errors import ArtifactError
+from pipeline.folder import json_bytes
 from pipeline.freeze import freeze
 from pipeline.frozen import open_run
 from pipeline.run import _needs_ray
@@ -93,7 +94,8 @@ def edit(**changes):
     def change(run, path):
         tree = json.loads(Path(run.uri(path)).read_bytes())
         tree |= {name: value(tree[name]) if callable(value) else value for name, value in changes.items()}
-        Path(run.uri(path)).write_text(json.dumps(tree))
+        tree.pop("sha256")
+        Path(run.uri(path)).write_bytes(json_bytes(tree))
 
     return change
 

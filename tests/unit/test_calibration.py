@@ -28,6 +28,13 @@ def test_of_short_steps_the_faster_way_is_chosen():
     assert "times as" in found.why
 
 
+def test_any_batch_of_a_shard_serves():
+    """Rows keep the numbers that they have in the shard: the last batch is measured as the first."""
+    last = list(images().batches(8))[-1]
+    assert last.item_B[0] > 0
+    assert len(last.item_B) == calibrate(engine(1e-4), last, 6).rows
+
+
 def test_long_steps_are_compared_by_their_losses():
     """Where losses bend, differences are what was asked for."""
     found = calibrate(engine(0.3), BATCH, 6)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from jobs.digits import cnn
-from pipeline.batches import Arrays
+from pipeline.batches import Arrays, Batch
 from pipeline.engine import LossEngine
 from pipeline.tasks.classification import Classification
 
@@ -49,6 +49,43 @@ def test_losses_are_those_of_the_models_themselves():
     with torch.no_grad():
         assert np.array_equal(TASK.loss_B(separate, tensor_batch).numpy(), got.base_N)
         assert np.array_equal(TASK.loss_B(other, tensor_batch).numpy(), got.counterpart_QN[0])
+
+
+PARTS = {
+    "the first batch": lambda batches: batches[:1],
+    "the last batch": lambda batches: batches[-1:],
+    "batches in another order": lambda batches: [batches[3], batches[0], batches[2]],
+    "rows of a batch": lambda batches: [Batch(batches[1].item_B[5:9], rows_of(batches[1], slice(5, 9)))],
+    "rows in another order": lambda batches: [
+        Batch(batches[1].item_B[::-1], rows_of(batches[1], slice(None, None, -1)))
+    ],
+    "no batch": lambda batches: [],
+}
+
+
+def rows_of(batch, which):
+    return {name: np.ascontiguousarray(array[which]) for name, array in batch.arrays.items()}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("way", ["difference", "gradient", "jvp"])
+@pytest.mark.parametrize(("room_bytes", "is_base_known"), [(None, False), (1, False), (1, True)])
+def test_any_part_of_a_shard_has_the_losses_that_it_has_in_the_whole(part, way, room_bytes, is_base_known):
+    """Each under its item's number, whichever way, in groups of counterparts and with base losses that are known."""
+    model = seeded_cnn()
+    engine = LossEngine(model, TASK, [moved(model, 1e-3, seed) for seed in (1, 2)], room_bytes)
+    batches = list(Arrays(examples(50)).batches(16))
+
+    def losses(some, base_S=None):
+        return engine.losses(some, None, base_S) if way == "difference" else engine.derivatives(some, None, way)
+
+    whole, some = losses(batches), PARTS[part](batches)
+    assert np.array_equal(np.arange(50), whole.item_N)
+    got = losses(some, whole.base_N if is_base_known else None)
+    assert sorted(item for batch in some for item in batch.item_B.tolist()) == got.item_N.tolist()
+    np.testing.assert_allclose(whole.base_N[got.item_N], got.base_N, atol=1e-6)
+    np.testing.assert_allclose(whole.counterpart_QN[:, got.item_N], got.counterpart_QN, atol=1e-6)
+    np.testing.assert_allclose(whole.difference_QN[:, got.item_N], got.difference_QN, atol=1e-6)
 
 
 def is_channels_last(model):

@@ -1,0 +1,197 @@
+"""Columns of JSON values, where every value is of a type of its own, and columns of any kind as text.
+
+A column whose values have one type is that Arrow type; any other holds the JSON text of every value (`arrow.json`). So what a
+value is does not depend on the values that are read with it.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import pyarrow as pa
+
+from .errors import InputError
+
+_MARK = {b"values": b"json"}
+"""Metadata of a field whose values come from JSON: its type is that of the values at hand, no declared one."""
+_SCALARS = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+
+
+def json_field(name: str, kind: pa.DataType) -> pa.Field:
+    """The field of a column that `json_column` made."""
+    return pa.field(name, kind, metadata=_MARK)
+
+
+def json_column(values: Sequence[Any]) -> pa.Array:
+    """Values as `json.loads` gives them as one column: of their Arrow type where all have the same, else of JSON texts."""
+    kind = _one_type([value for value in values if value is not None])
+    if kind is not None:
+        try:
+            return pa.array(values, kind)
+        except (pa.ArrowInvalid, OverflowError):  # an integer of more than 64 bits
+            pass
+    texts = [None if value is None else json.dumps(value) for value in values]
+    return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
+
+
+def _one_type(values: Sequence[Any]) -> pa.DataType | None:
+    """The Arrow type that all values have, to the last leaf; null if they differ, or hold nulls that a type would not tell."""
+    kinds = set(map(type, values))
+    if not kinds:
+        return pa.null()
+    if len(kinds) > 1:
+        return None
+    [kind] = kinds
+    if kind is list:
+        leaf = _one_type(list(chain.from_iterable(values)))
+        return None if leaf is None else pa.list_(leaf)
+    if kind is dict:
+        return _one_struct(values)
+    return _SCALARS.get(kind)  # of a null in a list there is none
+
+
+def _one_struct(values: Sequence[dict[str, Any]]) -> pa.DataType | None:
+    names = list(values[0])
+    if not names or any(list(value) != names for value in values):
+        return None
+    kinds = {name: _one_type([value[name] for value in values]) for name in names}
+    return None if None in kinds.values() else pa.struct(list(kinds.items()))
+
+
+def is_from_json(field: pa.Field) -> bool:
+    """Whether `json_column` made a column."""
+    return (field.metadata or {}).get(b"values") == b"json"
+
+
+def is_json(kind: pa.DataType) -> bool:
+    """Whether a column holds JSON texts."""
+    return isinstance(kind, pa.JsonType)
+
+
+def python_values(array: pa.Array) -> list[Any]:
+    """A column as Python values, JSON texts parsed."""
+    if not is_json(array.type):
+        return array.to_pylist()
+    return [None if text is None else json.loads(text) for text in array.storage.to_pylist()]
+
+
+def text_problem(kind: pa.DataType) -> str:
+    """Why values of an Arrow type are no text, as ids and sources are; empty if they are, or if each value decides."""
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if is_json(plain) or isinstance(plain, pa.UuidType) or _is_bytes(plain):
+        return ""
+    try:
+        pa.array([], plain).cast(pa.string())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError):
+        return f"got {kind}, expected a type that has a text"
+    return ""
+
+
+def as_text(table: pa.Table, name: str) -> pa.Array:
+    """A column as strings: of numbers their digits, of JSON values their JSON text (texts without quotes), of UUIDs their text.
+
+    Bytes of fixed size are hexadecimal digits; other bytes are the text that they spell in UTF-8, or else hexadecimal digits,
+    each value by itself.
+
+    Raises:
+        InputError: The type has no text.
+    """
+    field, array = table.schema.field(name), table[name].combine_chunks()
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if is_json(array.type) or (is_from_json(field) and _by_value(array.type)):
+        return pa.array(map(_json_text, python_values(array)), pa.string())
+    if isinstance(array.type, pa.UuidType):
+        return pa.array(
+            [value if value is None else str(value) for value in map(_uuid, array.storage.to_pylist())], pa.string()
+        )
+    if _is_bytes(array.type):
+        fixed = pa.types.is_fixed_size_binary(array.type)
+        return pa.array([_bytes_text(value, fixed) for value in array.to_pylist()], pa.string())
+    if problem := text_problem(array.type):
+        raise InputError(f"column {name!r}: {problem}")
+    return array if pa.types.is_string(array.type) else array.cast(pa.string())
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _by_value(kind: pa.DataType) -> bool:
+    """Types whose text Arrow would write otherwise than JSON has it, or not at all."""
+    return pa.types.is_floating(kind) or pa.types.is_nested(kind)
+
+
+def _json_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _uuid(value: bytes | None) -> uuid.UUID | None:
+    return None if value is None else uuid.UUID(bytes=value)
+
+
+def _bytes_text(value: bytes | None, fixed: bool) -> str | None:
+    if value is None or fixed:
+        return value if value is None else value.hex()
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()
+
+
+def concat_rows(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables of the same columns as one, without columns of `arrow.json`.
+
+    A column whose types differ takes the wider one; where there is none, or where values come from JSON, it becomes text:
+    texts as they are, other values as JSON.
+    """
+    names = list(dict.fromkeys(name for table in tables for name in table.column_names))
+    settled = [_settled(table, [name for name in names if _is_text(name, tables)]) for table in tables]
+    try:
+        return pa.concat_tables(settled, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        differing = [name for name in names if len(_kinds(name, settled)) > 1]
+        return pa.concat_tables([_settled(table, differing) for table in settled], promote_options="permissive")
+
+
+def _is_text(name: str, tables: Sequence[pa.Table]) -> bool:
+    fields = [table.schema.field(name) for table in tables if name in table.column_names]
+    marked = any(map(is_from_json, fields))
+    kinds = _kinds(name, tables)
+    return any(map(is_json, kinds)) or (marked and len(kinds) > 1)
+
+
+def _kinds(name: str, tables: Sequence[pa.Table]) -> set[pa.DataType]:
+    kinds = {table.schema.field(name).type for table in tables if name in table.column_names}
+    return {kind for kind in kinds if not pa.types.is_null(kind)}
+
+
+def _settled(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """A table with some of its columns as text, or as lists of numbers if that is all that they hold."""
+    for name in names:
+        if name in table.column_names:
+            values = python_values(table[name].combine_chunks())
+            array = _lists_of_numbers(values)
+            if array is None:
+                texts = [v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in values]
+                array = pa.array(texts, pa.string())
+            table = table.set_column(table.column_names.index(name), pa.field(name, array.type), array)
+    return table
+
+
+def _lists_of_numbers(values: Sequence[Any]) -> pa.Array | None:
+    """Lists of integers and floats, such as features and pixels: they are numbers to everyone who reads the table."""
+    if not all(value is None or isinstance(value, list) for value in values):
+        return None
+    try:
+        array = pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return None
+    leaf = array.type
+    while pa.types.is_list(leaf):
+        leaf = leaf.value_type
+    return array if pa.types.is_integer(leaf) or pa.types.is_floating(leaf) else None
