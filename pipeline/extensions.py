@@ -67,6 +67,7 @@ def load_model(section: ModelSection, device: str, seed: int) -> Module:
         SpecError: The loader or factory cannot be imported.
         InputError: The weights cannot be read.
         ContractError: The weights do not fit the model.
+        NumericsError: They are not finite.
     """
     with user_code(f"model: {section.implementation}"):
         return load_loader(section).load(device=device, seed=seed)

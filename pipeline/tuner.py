@@ -165,7 +165,7 @@ class Tuner:
                     f"query {query_id!r}: its loss {when} tuning is {loss}",
                     "lower producer.lr or producer.steps"
                     if when == "after"
-                    else "check the query's rows and the weights",
+                    else "check the query's rows: in classification a label is one of the model's classes, counted from 0",
                 )
         if produced.steps and not changed:
             raise NumericsError(

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ContractError, InputError, SpecError, first_line
 from ..importing import extra
 from ..model_folder import load_error, local_copy
-from .base import require_fit
+from .base import require_finite, require_fit
 
 
 class HfTransformers:
@@ -45,6 +45,7 @@ class HfTransformers:
             SpecError: transformers has not the attention that is asked for, or is not installed.
             InputError: The folder cannot be read, or asks for code of its own.
             ContractError: It holds no language model, or weights that do not fit it.
+            NumericsError: The weights are not finite.
         """
         with extra("hf", "model.loader hf_transformers"):
             from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -82,6 +83,7 @@ class HfTransformers:
         model.config.use_cache = False  # keys and values are for texts that go on
         if self._adapter_uri is not None:
             model = merged(model, self._adapter_uri)
+        require_finite(model, self._adapter_uri or self._uri)
         return (model if spread else model.to(device)).eval()
 
 

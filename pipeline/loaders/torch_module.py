@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import storage
 from ..errors import ContractError, InputError, first_line
 from ..importing import construct, resolve
-from .base import load_weights
+from .base import load_weights, require_finite
 
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
@@ -51,7 +51,9 @@ class TorchModule:
             )
         if self._weights_uri is not None:
             load_weights(model, read_weights(self._weights_uri), self._weights_uri)
-        return model.to(device, getattr(torch, self._dtype)).eval()
+        model = model.to(device, getattr(torch, self._dtype)).eval()
+        require_finite(model, self._weights_uri or f"of {self._factory}")
+        return model
 
 
 def read_weights(uri: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ContractError
-from ..loaders.base import load_weights
+from ..loaders.base import load_weights, require_finite
 from ..loaders.hf_transformers import HfTransformers, merged
 from ..loaders.torch_module import read_weights
 from ..model_folder import is_folder
@@ -38,11 +38,19 @@ class Reference:
         self.direction = direction
 
     def produce(self, base: nn.Module, task: Task, query: Batch, seed: int) -> Produced:
-        """See Producer. Raises InputError for weights that cannot be read, ContractError for those of another architecture."""
+        """See Producer.
+
+        Raises:
+            InputError: The weights cannot be read.
+            ContractError: They are of another architecture.
+            NumericsError: They are not finite.
+        """
         model = self._model(base)
         if self._adapter_uri is not None:
             model = merged(model, self._adapter_uri)
-        _require_alike(base.state_dict(), model.state_dict(), str(self._weights_uri or self._adapter_uri))
+        origin = str(self._adapter_uri or self._weights_uri)
+        _require_alike(base.state_dict(), model.state_dict(), origin)
+        require_finite(model, origin)
         return Produced(model.eval(), steps=0)
 
     def _model(self, base: nn.Module) -> nn.Module:

@@ -16,6 +16,8 @@ from ..tasks.base import Batch, Task
 from . import adapters, sharding
 from .base import Produced
 
+_NO_LOSS = "the base model has no finite loss on it: in classification a label is one of its classes, counted from 0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
@@ -86,9 +88,8 @@ class Steps:
             loss = query_loss(model, task, query)
             now = loss.item()
             if not math.isfinite(now):
-                raise NumericsError(
-                    f"the query's loss is {now} before step {step + 1} of {self.steps}", "lower producer.lr"
-                )
+                hint = "lower producer.lr" if step else _NO_LOSS
+                raise NumericsError(f"the query's loss is {now} before step {step + 1} of {self.steps}", hint)
             first = first if step else now
             if self.max_loss_change and abs(now - first) >= self.max_loss_change:
                 return step

@@ -15,13 +15,16 @@ from ..errors import ContractError
 from ..numerics import to_loss_dtype
 from ..records import Column
 from .base import Batch
+from .outputs import logits_of
 
 FEW_CLASSES = 32
 """Up to here torch's cross-entropy is slower on a CPU than its definition: .14 us a row of 10 classes, against .035."""
 
 
 class Classification:
-    """Cross-entropy, in nats, of `label` under `model(features) / temperature`; the model returns logits [B, C].
+    """Cross-entropy, in nats, of `label` under `model(features) / temperature`.
+
+    The model returns logits [B, C], or an output that has them as `logits`.
 
     Args:
         features: Corpus column(s) of the input.
@@ -65,10 +68,12 @@ class Classification:
 
     def _tempered(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits [B, C] over the temperature, float32 or better. Raises ContractError if the model returns anything else."""
-        logits_BC, rows = model(self._normalised(batch["features"])), len(batch["label"])
-        if logits_BC.ndim != 2 or len(logits_BC) != rows:
+        logits_BC, rows = logits_of(model, model(self._normalised(batch["features"]))), len(batch["label"])
+        if logits_BC.ndim != 2 or len(logits_BC) != rows or logits_BC.shape[1] < 2:
             raise ContractError(
-                f"the model returned logits of shape {list(logits_BC.shape)}, expected [{rows}, classes]"
+                f"the model returned logits of shape {list(logits_BC.shape)}, expected [{rows}, classes] of 2 classes or more",
+                "a classifier returns a logit for each class; of one logit z, for the second of two classes, return "
+                "torch.stack([torch.zeros_like(z), z], dim=1)",
             )
         return to_loss_dtype(logits_BC) / self._temperature
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -25,6 +24,7 @@ from ..layers import entries_of
 from ..numerics import to_loss_dtype
 from ..observe import say
 from .base import Batch
+from .outputs import logits_of
 
 IGNORED = -100
 """Label of a token whose loss does not count: what Hugging Face's models mean by it too."""
@@ -43,7 +43,7 @@ def token_losses(model: nn.Module, inputs: Batch, label_BT: Tensor) -> Tensor:
     """Cross-entropy of every label, in nats: [B, T], float32 or better, 0 where the label is IGNORED.
 
     Args:
-        model: Called as `model(**inputs)`; returns an object with `logits`, or the logits [B, T, V].
+        model: Called as `model(**inputs)`; returns the logits [B, T, V], or an output that has them as `logits`.
         inputs: Its keyword arguments.
         label_BT: What the logits at the same place should say.
     """
@@ -80,8 +80,7 @@ def drawn_tokens(model: nn.Module, inputs: Batch, label_BT: Tensor, generator: t
 
 
 def _logits(model: nn.Module, inputs: Batch) -> Tensor:
-    out: Any = model(**inputs)
-    return out if isinstance(out, Tensor) else out.logits
+    return logits_of(model, model(**inputs))
 
 
 def _cross_entropy(logits_MV: Tensor, label_M: Tensor) -> Tensor:

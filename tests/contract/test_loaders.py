@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline import choices, loaders
-from pipeline.errors import MAX_NAMES_SHOWN, ContractError, InputError, SpecError
+from pipeline.errors import MAX_NAMES_SHOWN, ContractError, InputError, NumericsError, SpecError
 from pipeline.extensions import load_model
 from pipeline.loaders.base import load_weights
 from pipeline.loaders.torch_module import read_weights
@@ -241,6 +241,42 @@ def test_a_factory_that_makes_no_module_is_a_contract_error():
     """The message says what came instead."""
     with pytest.raises(ContractError, match=r"no_module returned dict, expected a torch.nn.Module"):
         load(SECTIONS["torch_module"](factory=f"{HERE}:no_module"))
+
+
+@every_loader
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(section, bad, weights):
+    """Before anything is computed: every tensor with how many there are."""
+    state = mlp().state_dict()
+    state["0.weight"][1] = bad
+    state["2.bias"][:] = bad
+    what = "NaN" if bad != bad else "infinite"
+    expected = (
+        rf"model\.safetensors are not finite:\n  parameter 0\.weight \[4, 3\]: 3 of 12 {what}\n  parameter 2\.bias"
+    )
+    with pytest.raises(NumericsError, match=expected):
+        load(section(weights_uri=weights(state)))
+
+
+@every_loader
+def test_a_buffer_may_be_infinite_but_not_nan(section, weights):
+    """As a mask is; a variance that is NaN is a training gone wrong."""
+    state = mlp().state_dict()
+    state["1.running_mean"][0] = float("-inf")
+    load(section(weights_uri=weights(state)))
+    state["1.running_var"][0] = float("nan")
+    with pytest.raises(NumericsError, match=r"buffer 1\.running_var \[4\]: 1 of 4 NaN"):
+        load(section(weights_uri=weights(state)))
+
+
+@every_loader
+def test_weights_that_overflow_in_the_specs_dtype_are_refused(section, weights):
+    """A number that float32 holds and float16 does not."""
+    state = mlp().state_dict()
+    state["0.weight"][0, 0] = 1e6
+    load(section(weights_uri=weights(state)))
+    with pytest.raises(NumericsError, match=r"0\.weight \[4, 3\]: 1 of 12 infinite(.|\n)*model\.dtype"):
+        load(section(weights_uri=weights(state), dtype="float16"))
 
 
 def test_the_factory_gets_its_arguments(weights):

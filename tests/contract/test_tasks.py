@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -298,6 +299,59 @@ def test_logits_of_another_shape_are_a_contract_error(shape):
     with pytest.raises(ContractError, match=r"logits of shape \[.*\], expected \[4, classes\]") as caught:
         losses(CASES["classification"], labelled(4), Shaped(*shape))
     assert str(list(shape)) in caught.value.message
+
+
+class Returning(nn.Module):
+    """Returns logits as a part of something else."""
+
+    def __init__(self, make):
+        super().__init__()
+        self._make = make
+
+    def forward(self, x):
+        return self._make(torch.arange(12.0).view(4, 3))
+
+
+def with_logits(logits):
+    """An output as transformers' models return it."""
+    from transformers.modeling_outputs import ImageClassifierOutput
+
+    return ImageClassifierOutput(logits=logits)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [with_logits, lambda logits: {"logits": logits, "hidden": logits[:, :1]}, lambda x: SimpleNamespace(logits=x)],
+    ids=["transformers", "dict", "attribute"],
+)
+def test_logits_are_taken_out_of_an_output_that_has_them_by_name(make):
+    """The losses are those of the logits alone."""
+    case = CASES["classification"]
+    expected = losses(case, labelled(4), Returning(lambda logits: logits))
+    assert torch.equal(expected, losses(case, labelled(4), Returning(make)))
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda x: (x, x), "tuple of Tensor, Tensor"),
+        (lambda x: {"scores": x}, "dict with the keys 'scores'"),
+        (lambda x: x.numpy(), "ndarray"),
+        (lambda x: SimpleNamespace(logits=None), "SimpleNamespace"),
+    ],
+)
+def test_an_output_without_logits_is_a_contract_error(make, what):
+    """The message says what came, the hint how to give logits."""
+    with pytest.raises(ContractError, match=f"Returning returned {what}, expected a tensor of logits") as caught:
+        losses(CASES["classification"], labelled(4), Returning(make))
+    assert "model.factory" in caught.value.hint
+
+
+def test_one_logit_is_no_classifier():
+    """The message says what a classifier returns, the hint what to make of one logit."""
+    with pytest.raises(ContractError, match=r"shape \[4, 1\], expected \[4, classes\] of 2 classes or more") as caught:
+        losses(CASES["classification"], labelled(4), Shaped(4, 1))
+    assert "a logit for each class" in caught.value.hint
 
 
 def test_columns_to_be_stacked_must_fill_the_shape():
