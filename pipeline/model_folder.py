@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 from . import storage
-from .errors import InputError, StorageError
+from .errors import InputError
+from .private_copies import verified_copy
 
 CONFIG_FILES = ("*.json",)
-TOKENIZER_FILES = (*CONFIG_FILES, "*.txt", "*.model", "*.jinja", "*.tiktoken")
+TOKENIZER_FILES = (*CONFIG_FILES, "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 """What is read of a folder: no pickled code."""
 _HEADS = {"config.json", "tokenizer_config.json", "adapter_config.json"}
 """Files of which a folder of a model, a tokenizer or an adapter has one."""
-CACHE = "MIRRORSCOPE_CACHE"
-"""Environment variable: where copies go; else the machine's temporary folder."""
-
-
-def cache_folder() -> Path:
-    """Where copies go; it need not exist yet."""
-    return Path(os.environ.get(CACHE) or Path(tempfile.gettempdir()) / f"mirrorscope-{os.getuid()}")
 
 
 def _files(uri: str, patterns: Sequence[str]) -> list[str]:
@@ -62,36 +50,40 @@ def model_digest(uri: str, patterns: Sequence[str] = MODEL_FILES) -> str:
     """sha256 of a file of weights, or of names and contents of what is read of a folder. Raises InputError, StorageError."""
     if not is_folder(uri):
         return storage.file_digest(uri)
-    lines = [f"{name} {storage.file_digest(f'{uri}/{name}')}" for name in _files(uri, patterns)]
-    return storage.bytes_digest("\n".join(lines).encode())
+    return _joint_digest({name: storage.file_digest(f"{uri}/{name}") for name in _files(uri, patterns)})
 
 
-def local_copy(uri: str, patterns: Sequence[str] = MODEL_FILES) -> str:
-    """A folder on this machine with these files: the folder itself, or a copy that all processes here share.
+def _joint_digest(digests: Mapping[str, str]) -> str:
+    """One sha256 of the names of files and the sha256 of each."""
+    return storage.bytes_digest("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode())
 
-    A copy is known by the versions of what was copied: a folder that changed is copied anew. Raises InputError, StorageError.
+
+def local_copy(uri: str, patterns: Sequence[str] = MODEL_FILES, digest: str | None = None) -> str:
+    """A folder on this machine with these files: the folder itself, or a private copy that this user's processes share.
+
+    A copy is known by the versions of what was copied, so a folder that changed is copied again. Its files are compared with
+    their digests on every call; one that differs is replaced.
+
+    Args:
+        uri: Folder of a model, a tokenizer or an adapter.
+        patterns: Names of the files that are read of it.
+        digest: What `model_digest` gave of it for the same patterns when the run was frozen. Null: not known.
+
+    Raises:
+        InputError: There is no such folder, it changes while it is copied, or its contents have another digest.
+        StorageError: The store refuses, or no private folder on this machine takes the copy.
     """
-    names = _files(uri, patterns)
     place = storage.absolute(uri)
-    if "://" not in place:
-        return place
-    versions = [f"{name} {storage.stat(f'{place}/{name}')}" for name in names]
-    digest = hashlib.sha256("\n".join([place, *versions]).encode()).hexdigest()[:24]
-    cache = cache_folder()
-    copy = cache / digest
-    if copy.exists():
-        return str(copy)
-    unfinished = cache / f".{digest}-{uuid.uuid4().hex}"
-    try:
-        unfinished.mkdir(parents=True)
-        for name in names:
-            storage.download(f"{place}/{name}", unfinished / name)
-        unfinished.rename(copy)
-    except OSError as error:
-        if not copy.exists():  # another process was faster
-            raise StorageError(
-                f"{uri} cannot be copied to {cache}: {error}", f"make room there, or set {CACHE} to another folder"
-            ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return str(copy)
+    if "://" in place:
+        names = _files(uri, patterns)
+        folder, digests = verified_copy(place, names, lambda found: digest in (None, _joint_digest(found)))
+        found = _joint_digest(digests)
+    else:
+        _files(uri, patterns)  # for its errors
+        folder, found = place, model_digest(uri, patterns) if digest is not None else ""
+    if digest not in (None, found):
+        raise InputError(
+            f"{uri} is not what the run was frozen with: sha256 of its files is {found}, expected {digest}",
+            "put the former files back, or start a new run in another folder",
+        )
+    return folder

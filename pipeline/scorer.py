@@ -78,17 +78,15 @@ class ShardScorer:
         from .blocks import compiled
         from .changes import from_bytes
         from .engine import LossEngine
-        from .model_folder import CACHE, cache_folder
+        from .private_copies import CACHE, cache_folder, private_folder
 
         run, section = self._run, self._run.spec.resources.score
         model = load_model(run.spec.model, device, run.spec.seed)
         there = torch.device(device)
         room_bytes = memory.room_bytes(there, section.cpus, section.gpus, section.counterparts_gib)
         on_host_bytes = room_bytes if there.type == "cpu" else memory.host_room_bytes(section.cpus)
-        folder = cache_folder() if counterparts_bytes > on_host_bytes else None
         try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
+            folder = private_folder() if counterparts_bytes > on_host_bytes else None
             changes = [from_bytes(run.counterpart_tensors(query_id), folder) for query_id in self._query_ids]
             blocks = compiled(model, self._task) if run.spec.score.compile else None
             engine = LossEngine(model, self._task, changes, room_bytes, blocks)
@@ -98,7 +96,8 @@ class ShardScorer:
             ) from error
         except OSError as error:
             raise StorageError(
-                f"{len(self._query_ids)} counterparts of {counterparts_bytes / 2**30:.1f} GiB cannot wait in {folder}: {error}",
+                f"{len(self._query_ids)} counterparts of {counterparts_bytes / 2**30:.1f} GiB cannot wait in "
+                f"{cache_folder()}: {error}",
                 f"make room there, or set {CACHE} to another folder",
             ) from error
         if len(engine.groups) > 1:
