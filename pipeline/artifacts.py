@@ -202,13 +202,23 @@ class Run(Given):
         return receipt
 
     def has_commits(self, addition: Addition | None = None) -> bool | None:
-        """Whether something is committed in the folder for the run as it began, or for an addition; null if nothing is at all."""
-        fingerprint, found = (addition or self.additions[0]).fingerprint, None
-        commits = [("commits", name) for name in storage.names(self.uri("commits")) if COMMIT_NAME.fullmatch(name)]
-        metas = [("counterparts", name, "meta.json") for name in storage.names(self.uri("counterparts"))]
-        for path in (*metas, *commits):
+        """Whether what is committed in the folder is the run's own; null if nothing is.
+
+        Args:
+            addition: One that the run was not opened with: then only what can be of that counts.
+        """
+        names = (COMMIT_NAME.fullmatch(name) for name in storage.names(self.uri("commits")))
+        commits = [match for match in names if match and (addition is None or int(match[2] or 0) == addition.number)]
+        folders = set(storage.names(self.uri("counterparts")))
+        if addition is not None:
+            folders &= {partition(query_id) for query_id in addition.query_ids}
+        own, found = (addition or self.additions[0]).fingerprint, None
+        for path in (
+            *(("commits", match[0]) for match in commits),
+            *(("counterparts", each, "meta.json") for each in folders),
+        ):
             with suppress(InputError, ArtifactError):  # not committed, or damaged
-                found = self.read_json(*path)["fingerprint"] == fingerprint
+                found = self.read_json(*path)["fingerprint"] == own
                 if found:
                     return True
         return found

@@ -17,7 +17,15 @@ from . import storage
 from .artifacts import Run
 from .base_losses import rows_kept
 from .corpus import Corpus, open_format, payload_names, require_free_names
-from .digests import MODEL_URIS, addition_digests, input_digests, queries_digest, with_absolute_uris
+from .digests import (
+    MODEL_URIS,
+    addition_digests,
+    as_frozen,
+    input_digests,
+    input_files,
+    queries_digest,
+    with_absolute_uris,
+)
 from .errors import ArtifactError, InputError, SpecError
 from .extensions import load_loader, load_producer, load_task, needs_query, sample_rows
 from .folder import partition
@@ -116,9 +124,10 @@ def _survey(spec: Spec) -> Run:
     rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)
     resolved = _resolve(spec, corpus, rows_each)
-    digests = input_digests(resolved, shards)
+    files = input_files(resolved)
+    digests = input_digests(resolved, shards, files)
     _require_same_inputs(spec, digests)
-    frozen = Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, versions=versions())
+    frozen = Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, files=files, versions=versions())
     resolved = resolved.model_copy(update={"resolved": frozen})
     first = Addition(0, frozen.fingerprint, 0, len(shards), query_ids)
     return Run(resolved, Manifest.of(shards), tuple(columns), queries, (first,))
@@ -194,7 +203,7 @@ def _reopen(spec: Spec) -> Run:
     rows_each = spec.score.shard_rows or run.spec.score.shard_rows
     assert rows_each is not None
     wanted = _resolve(spec, corpus, rows_each)
-    digests = input_digests(wanted, run.shards[: run.additions[0].stop_shard])
+    digests = input_digests(wanted, run.shards[: run.additions[0].stop_shard], input_files(wanted))
     changes = changed_fields(identity(run.spec), identity(wanted))
     changes += [
         f"{name}: the file's contents" for name, old in run.resolved.digests.items() if digests.get(name) != old
@@ -316,7 +325,8 @@ def _new_queries(run: Run, uri: str) -> tuple[pa.Table | None, str | None]:
     digest = queries_digest(section, run.spec.corpus.classes)
     if digest in {run.resolved.digests["queries"], *(addition.queries_digest for addition in run.additions)}:
         return None, None
-    queries = checked_queries(section, run.columns, run.spec.corpus.classes, load_task(run.spec.task))
+    with as_frozen(run):
+        queries = checked_queries(section, run.columns, run.spec.corpus.classes, load_task(run.spec.task))
     if known := [query_id for query_id in _query_ids(queries) if query_id in run.query_ids]:
         raise InputError(
             f"{uri}: {len(known)} query ids are in the run already, first {known[0]!r}",

@@ -6,9 +6,10 @@ all members are asked the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,8 @@ from .errors import ArtifactError, PipelineError
 from .frozen import create_addition, create_run, is_begun, is_run, open_alone, save_spec
 from .plan import added_fingerprint, fingerprint
 from .spec import Resolved, Spec
+
+_Value = TypeVar("_Value")
 
 
 def gathered(run: Run) -> Run:
@@ -75,10 +78,16 @@ def _member(run: Ensemble, place: int) -> Run:
 def _resolved(run: Ensemble, place: int) -> Spec:
     """A member's spec with its part of what the ensemble was resolved with."""
     spec = member_spec(run.spec, place)
-    digests = {name: digest for name, digest in run.resolved.digests.items() if not name.startswith("ensemble.")}
-    digests["weights"] = run.resolved.digests[member_digest(place)]
-    resolved = Resolved(fingerprint=fingerprint(spec, digests), digests=digests, versions=run.resolved.versions)
+    digests, files = _of_member(run.resolved.digests, place), _of_member(run.resolved.files, place)
+    mark, versions = fingerprint(spec, digests), run.resolved.versions
+    resolved = Resolved(fingerprint=mark, digests=digests, files=files, versions=versions)
     return spec.model_copy(update={"resolved": resolved})
+
+
+def _of_member(every: Mapping[str, _Value], place: int) -> dict[str, _Value]:
+    """What an ensemble was frozen with, by its names, as a member was."""
+    common = {name: value for name, value in every.items() if not name.startswith("ensemble.")}
+    return {**common, "weights": every[member_digest(place)]}
 
 
 def _fingerprint(spec: Spec) -> str:
