@@ -22,6 +22,7 @@ from .artifacts import Run
 from .batches import Batch
 from .calibration import LOOKED_AT, MANY, Calibration, Way, calibrate
 from .corpus import Corpus, Examples
+from .digests import as_frozen
 from .ensemble import member_spec
 from .errors import InputError, SpecError
 from .extensions import load_model, load_task, prepared
@@ -196,7 +197,9 @@ class _Trial:
     @cached_property
     def _shard(self) -> tuple[Work, tuple[Examples, Inputs], float]:
         """The first shard that can be read, what is in it, and the seconds that this took."""
-        run, corpus, task = self.run, Corpus(self.run.spec.corpus), load_task(self.run.spec.task)
+        run, corpus = self.run, Corpus(self.run.spec.corpus)
+        with as_frozen(run):
+            task = load_task(run.spec.task)
 
         def read(work: Work) -> tuple[Examples, Inputs]:
             examples = corpus.read(work.shard, run.columns)
@@ -230,13 +233,13 @@ class _Trial:
         from .engine import LossEngine
 
         run, there, section = self.run, torch.empty(0, device=device), self.run.spec.resources.score
-        model = load_model(run.spec.model, device, run.spec.seed)
+        with as_frozen(run):
+            model, task = load_model(run.spec.model, device, run.spec.seed), load_task(run.spec.task)
         room_bytes = memory.room_bytes(there.device, section.cpus, section.gpus, section.counterparts_gib)
         tuned = [from_bytes(run.counterpart_tensors(query_id)) for query_id in self._tuned]
         changes = [{name: change.to(there) for name, change in found.items()} for found in tuned]
         queries = len(run.query_ids)
         counterparts = [changes[q % len(changes)] for q in range(queries)]
-        task = load_task(run.spec.task)
         return LossEngine(model, task, counterparts, room_bytes, compiled(model, task) if compile else None), room_bytes
 
     def _write_s(self, work: Work, examples: Examples) -> float:

@@ -19,6 +19,7 @@ from .base_losses import BaseLosses, ShardLosses
 from .batches import Batch
 from .calibration import Calibration, calibrate
 from .corpus import Corpus, Examples
+from .digests import as_frozen
 from .errors import ArtifactError, InputError, StorageError, first_line
 from .extensions import load_model, load_task, prepared
 from .importing import user_code
@@ -61,7 +62,8 @@ class ShardScorer:
         self._directions = {query_id: meta["direction"] for query_id, meta in metas.items()}
         self._way = run.way
         self._writer = ShardWriter(run, {query_id: meta["tensors"]["sha256"] for query_id, meta in metas.items()})
-        self._task = load_task(run.spec.task)
+        with as_frozen(run):
+            self._task = load_task(run.spec.task)
         self._engine = self._loaded(device, sum(meta["tensors"]["bytes"] for meta in metas.values()))
         self._computing = threading.Lock()
         keeps = run.spec.score.base_losses is not None and self._way == "difference"  # other ways make them in passing
@@ -81,7 +83,8 @@ class ShardScorer:
         from .private_copies import CACHE, cache_folder, private_folder
 
         run, section = self._run, self._run.spec.resources.score
-        model = load_model(run.spec.model, device, run.spec.seed)
+        with as_frozen(run):
+            model = load_model(run.spec.model, device, run.spec.seed)
         there = torch.device(device)
         room_bytes = memory.room_bytes(there, section.cpus, section.gpus, section.counterparts_gib)
         on_host_bytes = room_bytes if there.type == "cpu" else memory.host_room_bytes(section.cpus)

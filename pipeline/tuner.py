@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
 from .artifacts import Run
+from .digests import as_frozen
 from .errors import ContractError, NumericsError, PipelineError
 from .extensions import load_model, load_producer, load_task, sample_rows
 from .importing import user_code
@@ -43,10 +44,11 @@ class Tuner:
         import torch.distributed as dist
 
         self._run = run
-        self._task: Task = load_task(run.spec.task)
-        self._producer: Producer = load_producer(run.spec.producer)
         self._shared = run.spec.resources.tune.shard and dist.is_initialized()
-        self._base: nn.Module = load_model(run.spec.model, "cpu" if self._shared else device, run.spec.seed)
+        with as_frozen(run):
+            self._task: Task = load_task(run.spec.task)
+            self._producer: Producer = load_producer(run.spec.producer)
+            self._base: nn.Module = load_model(run.spec.model, "cpu" if self._shared else device, run.spec.seed)
         self._base_versions = _tensor_versions(self._base)
         self._queries = query_inputs(run.queries, run.columns, self._task) if run.spec.queries else {}
         self._device = device
@@ -92,7 +94,7 @@ class Tuner:
         started_s = time.monotonic()
         query = self._batch(query_id)
         seed = query_seed(self._run.spec.seed, query_id)
-        with self._about(query_id), torch.random.fork_rng():
+        with as_frozen(self._run), self._about(query_id), torch.random.fork_rng():  # a producer may load a model
             torch.manual_seed(seed)
             try:
                 produced = self._produce(query, seed)
@@ -113,7 +115,7 @@ class Tuner:
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         seed = query_seed(self._run.spec.seed, "")
         started_s = time.monotonic()
-        with self._about(f"{len(queries)} queries"), torch.random.fork_rng():
+        with as_frozen(self._run), self._about(f"{len(queries)} queries"), torch.random.fork_rng():
             torch.manual_seed(seed)
             setting = self._setting(seed)
             for query_id, produced in producer.produce_all(setting, queries, self._fitted(producer, setting)):

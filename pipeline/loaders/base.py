@@ -47,3 +47,11 @@ def require_fit(problems: Sequence[str], origin: str, model: str) -> None:
         more = f"\n  and {len(problems) - MAX_NAMES_SHOWN} more" if len(problems) > MAX_NAMES_SHOWN else ""
         shown = "\n".join(f"  {problem}" for problem in problems[:MAX_NAMES_SHOWN])
         raise ContractError(f"weights {origin} do not fit {model}:\n{shown}{more}")
+
+
+def in_own_memory(model: nn.Module) -> nn.Module:
+    """The model, with no tensor in memory that is mapped from a file: what is written to the file must not change it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .. import storage
 from ..errors import ContractError, InputError, first_line
 from ..importing import construct, resolve
+from ..model_folder import read_file
 from .base import load_weights
 
 UNREADABLE = (
@@ -60,7 +60,7 @@ def read_weights(uri: str) -> dict[str, Tensor]:
     Raises:
         InputError: The file is missing or damaged, holds pickled code, or is no state dict.
     """
-    data = storage.read_bytes(uri)
+    data = read_file(uri)
     try:
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(data)
