@@ -140,13 +140,16 @@ def _values(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str
             dense = dense.copy()
             dense[[row for row, i in enumerate(np.flatnonzero(fits_N)) if int(i) in bad]] = 0
         out[fits_N] = dense
-    for i in np.flatnonzero(~fits_N).tolist():
-        [value] = python_values(values.slice(i, 1))  # one at a time: a shard of pictures is not held twice
+    for i, value in zip(np.flatnonzero(~fits_N).tolist(), python_values(_others(values, fits_N)), strict=True):
         try:
             out[i] = decode_value(value, column).reshape(-1)
         except (ValueError, TypeError, OverflowError) as error:
             bad[i] = str(error)
     return out.reshape(len(values), *column.shape), bad
+
+
+def _others(values: pa.Array, fits_N: np.ndarray) -> pa.Array:
+    return values.filter(pa.array(~fits_N)) if fits_N.any() else values  # no copy of a shard of pictures
 
 
 def _plain_numbers(texts: pa.Array, column: Column) -> pa.Array:
