@@ -8,6 +8,7 @@ Next: tune.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ from .digests import (
 from .errors import ArtifactError, InputError, SpecError
 from .extensions import load_loader, load_producer, load_task, needs_query, sample_rows
 from .folder import partition
+from .formats.base import overlap
 from .frozen import (
     REFREEZE,
     create_addition,
@@ -89,6 +91,9 @@ def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
 
     A run that has committed nothing yet makes way for another spec, so that a mended one can have its folder.
     """
+    _require_apart(
+        spec.run.uri, {"corpus.uri": spec.corpus.uri, "queries.uri": spec.queries.uri if spec.queries else None}
+    )
     run, run_uri = None, storage.absolute(spec.run.uri)
     if is_run(run_uri):
         try:
@@ -132,6 +137,16 @@ def _survey(spec: Spec) -> Run:
     resolved = resolved.model_copy(update={"resolved": frozen})
     first = Addition(0, frozen.fingerprint, 0, len(shards), query_ids)
     return Run(resolved, Manifest.of(shards), tuple(columns), queries, (first,))
+
+
+def _require_apart(run_uri: str, inputs: Mapping[str, str | None]) -> None:
+    """See that no input takes in the run's own files, or lies among them. Raises SpecError."""
+    for field, uri in inputs.items():
+        if uri is not None and overlap(uri, run_uri):
+            raise SpecError(
+                f"run.uri: {run_uri} and {field} {uri} are in one another: the run's own files would be read as rows",
+                "give the run a folder of its own, beside its inputs",
+            )
 
 
 def _require_fitting_producer(spec: Spec) -> None:
@@ -259,9 +274,11 @@ def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run
     again adds nothing. The seal goes before the addition comes, so that it never stands for less than all of the run.
 
     Raises:
+        SpecError: The new files are in the run's folder, or it is in theirs.
         ArtifactError: The run is not finished, or a file of it changed.
         InputError: The new queries or files are malformed, or bring ids that the run has already.
     """
+    _require_apart(run_uri, {"corpus": corpus_uri, "queries": queries_uri})
     run, damage = _open_to_extend(run_uri)
     queries, queries_digest = _new_queries(run, queries_uri) if queries_uri else (None, None)
     shards = _new_shards(run, corpus_uri) if corpus_uri else Manifest.of([])
