@@ -14,9 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALIKE = 0.9
 """Length of the shortest sequence of a batch, over that of the longest."""
@@ -35,6 +38,11 @@ class Batch:
 
     item_B: np.ndarray
     arrays: Mapping[str, np.ndarray]
+
+
+def own_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch's tensors, copied for one pass: models and tasks may change what they are given in place."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

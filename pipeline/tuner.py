@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
 from .artifacts import Run
+from .batches import own_copy
 from .errors import ContractError, NumericsError, PipelineError
 from .extensions import load_model, load_producer, load_task, sample_rows
 from .importing import user_code
@@ -245,7 +246,9 @@ class Tuner:
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> Batch:
         import torch
 
-        dtype = next((p.dtype for p in self._base.parameters() if p.is_floating_point()), torch.float32)
+        from .numerics import dtype_of
+
+        dtype = dtype_of(self._base)
         device = "cpu" if self._shared else self._device
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
@@ -257,7 +260,7 @@ class Tuner:
         if not query:
             return None
         with torch.no_grad():
-            return float(self._task.loss_B(model, query).double().mean())
+            return float(self._task.loss_B(model, own_copy(query)).double().mean())
 
 
 def query_seed(seed: int, query_id: str) -> int:
