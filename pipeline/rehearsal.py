@@ -147,7 +147,8 @@ class _Trial:
         run, section = self.run, self.run.spec.score
         work, (examples, inputs), read_s = self._shard
         (engine, room_bytes), queries = self._engine(device, section.compile), len(run.query_ids)
-        batches = self._batches(inputs)
+        with self._about(work):
+            batches = self._batches(engine, inputs)
         say(f"scoring batches of {work.shard.path} under {queries:,} queries, for about {spoken(MEASURED_S)}")
         with self._about(work):
             found = calibrate(engine, batches[0], queries) if given is None and queries >= MANY else None
@@ -176,7 +177,9 @@ class _Trial:
             timing: What was measured without.
         """
         work, (_, inputs), _ = self._shard
-        engine, batches = self._engine(device, compile=True)[0], self._batches(inputs)
+        engine = self._engine(device, compile=True)[0]
+        with self._about(work):
+            batches = self._batches(engine, inputs)
         say(f"scoring some compiled, and as they are, for about {spoken(2 * MEASURED_S)}")
         with self._about(work):
             first_s = _timed(lambda: engine.losses(batches[:1], [0]))[1]
@@ -189,10 +192,13 @@ class _Trial:
         with_it = forecast(plain.fingerprint, replace(plan, kept=0), there, plain.workers)
         return Compiling(plan.members * first_s, times, plain.score_s - with_it.score_s)
 
-    def _batches(self, inputs: Inputs) -> list[Batch]:
-        """Of the shard."""
+    def _batches(self, engine: LossEngine, inputs: Inputs) -> list[Batch]:
+        """Of the shard, as an actor makes them. Raises ContractError: losses are not those of single rows."""
+        from .model_check import ModelCheck
+
         section = self.run.spec.score
-        return list(inputs.batches(section.batch_rows, section.batch_tokens))
+        check = ModelCheck(engine.model, load_task(self.run.spec.task))
+        return list(check.batches(inputs, section.batch_rows, section.batch_tokens))
 
     @cached_property
     def _shard(self) -> tuple[Work, tuple[Examples, Inputs], float]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .artifacts import Run
+from .batches import own_copy
 from .choices import ModelSection, TaskSection, TorchModule
 from .corpus import Corpus
 from .digests import as_frozen, files_of_model
@@ -181,7 +182,9 @@ class Retrainer:
     def _batch(self, model: nn.Module, row_M: np.ndarray) -> Batch:
         import torch
 
-        dtype = next(model.parameters()).dtype
+        from .numerics import dtype_of
+
+        dtype = dtype_of(model)
         batch = {}
         for name, array in self.examples.inputs.rows(row_M).items():
             tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
@@ -257,7 +260,7 @@ class Retrainer:
             for tensor in tensors:
                 tensor.grad = None
             total = sum(self._training.weight_decay / 2 * tensor.square().sum() for tensor in tensors)
-            total = total + self._task.loss_B(model, batch).mean()
+            total = total + self._task.loss_B(model, own_copy(batch)).mean()
             total.backward()
             return total
 

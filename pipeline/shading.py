@@ -14,6 +14,7 @@ from urllib.parse import quote
 import numpy as np
 
 from .artifacts import Run
+from .batches import own_copy
 from .corpus import Corpus
 from .decode import decode
 from .digests import as_frozen
@@ -108,9 +109,9 @@ def _one(engine: Any, task: Any, direction: int, arrays: dict[str, np.ndarray]) 
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
     id_BT = task.token_ids_BT(batch)
     with torch.inference_mode():
-        base_BT = task.token_losses_BT(engine.model, batch)
+        base_BT = task.token_losses_BT(engine.model, own_copy(batch))
         with engine.counterpart(0) as counterpart:
-            changed_BT = task.token_losses_BT(counterpart, batch)
+            changed_BT = task.token_losses_BT(counterpart, own_copy(batch))
     counted_BT = id_BT >= 0
     score_BT = direction * (changed_BT.double() - base_BT.double())
     base_T, score_T = (values[counted_BT].double().numpy() for values in (base_BT, score_BT))

@@ -9,22 +9,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+
 from .artifacts import Run
+from .batches import own_copy
+from .decode import decode
 from .digests import as_frozen
 from .errors import ContractError, NumericsError, PipelineError
-from .extensions import load_model, load_producer, load_task, sample_rows
+from .extensions import load_model, load_producer, load_task, prepared, sample_rows
 from .importing import user_code
 from .queries import query_inputs
 from .sample import draw_sample
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
     from .batches import Inputs
+    from .model_check import ModelCheck
     from .producers.base import Fitted, Produced, Producer, SampleProducer, Setting
     from .tasks.base import Batch, Task
 
+CHECKED_QUERY_ROWS = 8
+"""Rows of queries, at most, on which the model is looked at."""
 SHARE_OF_TOKENS = 4
 """A curvature holds all logits of a batch of texts, and more: its batches are smaller than those that are scored, by so much."""
 
@@ -49,10 +55,36 @@ class Tuner:
             self._task: Task = load_task(run.spec.task)
             self._producer: Producer = load_producer(run.spec.producer)
             self._base: nn.Module = load_model(run.spec.model, "cpu" if self._shared else device, run.spec.seed)
-        self._base_versions = _tensor_versions(self._base)
         self._queries = query_inputs(run.queries, run.columns, self._task) if run.spec.queries else {}
         self._device = device
         self._sample_rows = sample_rows(self._producer)
+        self._check = self._checked()
+        self._base_versions = _tensor_versions(self._base)
+
+    def _checked(self) -> ModelCheck:
+        """The base model's check: now on rows of queries, before tuning takes an hour; later it says what to batch.
+
+        Rows of the corpus are left to stage score, where one that ends its worker is quarantined.
+
+        Raises:
+            ContractError: Losses are not those of single rows.
+        """
+        from .model_check import ModelCheck
+
+        section, check = self._run.spec.score, ModelCheck(self._base, self._task)
+        if not self._queries:
+            return check
+        few = self._run.queries.slice(0, CHECKED_QUERY_ROWS)
+        arrays, _, _ = decode(few, np.arange(len(few)), self._run.columns)
+        with user_code(f"model {self._run.spec.model.implementation}, on queries"):
+            check.require_independent(prepared(self._task, arrays), section.batch_rows, section.batch_tokens)
+            for query_id, inputs in self._queries.items():
+                if not check.may_pad(inputs, np.arange(inputs.items)):
+                    raise ContractError(
+                        f"query {query_id!r}: the model gives its shorter rows other losses beside the longer ones",
+                        "give it rows of one length, or a query_id to each",
+                    )
+        return check
 
     @property
     def is_together(self) -> bool:
@@ -204,7 +236,7 @@ class Tuner:
         section = self._run.spec.score
         return [
             self._tensors({name: array[: len(batch.item_B)] for name, array in batch.arrays.items()})
-            for batch in inputs.batches(section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS)
+            for batch in self._check.batches(inputs, section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS)
         ]
 
     def _fitted(self, producer: SampleProducer, setting: Setting) -> Fitted:
@@ -247,7 +279,9 @@ class Tuner:
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> Batch:
         import torch
 
-        dtype = next((p.dtype for p in self._base.parameters() if p.is_floating_point()), torch.float32)
+        from .numerics import dtype_of
+
+        dtype = dtype_of(self._base)
         device = "cpu" if self._shared else self._device
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
@@ -259,7 +293,7 @@ class Tuner:
         if not query:
             return None
         with torch.no_grad():
-            return float(self._task.loss_B(model, query).double().mean())
+            return float(self._task.loss_B(model, own_copy(query)).double().mean())
 
 
 def query_seed(seed: int, query_id: str) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import ContractError, InputError, first_line
 from ..importing import construct, resolve
 from ..model_folder import read_file
+from ..numerics import cast
 from .base import load_weights
 
 UNREADABLE = (
@@ -51,7 +52,7 @@ class TorchModule:
             )
         if self._weights_uri is not None:
             load_weights(model, read_weights(self._weights_uri), self._weights_uri)
-        return model.to(device, getattr(torch, self._dtype)).eval()
+        return cast(model, getattr(torch, self._dtype)).to(device).eval()
 
 
 def read_weights(uri: str) -> dict[str, Tensor]:
