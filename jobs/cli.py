@@ -150,11 +150,18 @@ def verify(
     from pipeline.audit import audit, require_mendable, void
     from pipeline.ensemble import members_of
     from pipeline.errors import ArtifactError
-    from pipeline.frozen import open_run
+    from pipeline.frozen import open_run, set_aside
 
     from . import display
 
-    opened = open_run(run_uri)
+    try:
+        opened = open_run(run_uri)
+    except ArtifactError:
+        if not mend or not (moved := set_aside(run_uri)):
+            raise
+        for uri in moved:
+            display.show_place("put away", f"{uri}: give the run's command again, `mirrorscope run SPEC`")
+        return
     audits = [(each, audit(each, read_at_most=-1 if sizes else float("inf"))) for each in (opened, *members_of(opened))]
     for each, found in audits:
         display.show_audit(each, found, opened)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +21,7 @@ from .calibration import MANY, Way
 from .errors import ArtifactError, ForeignError, InputError
 from .folder import json_bytes, parallel, partition, table_of
 from .given import Given
-from .works import Receipt, parse_receipt, work_name
+from .works import Addition, Receipt, parse_receipt, work_name
 
 READ_AT_ONCE = 256
 """Commits read ahead of whoever goes through them: memory is this many, whatever the number of shards."""
@@ -201,14 +201,36 @@ class Run(Given):
         self._require_own(receipt.fingerprint, f"commit {receipt.name}")
         return receipt
 
+    def has_commits(self, addition: Addition | None = None) -> bool | None:
+        """Whether what is committed in the folder is the run's own; null if nothing is.
+
+        Args:
+            addition: One that the run was not opened with: then only what can be of that counts.
+        """
+        names = (COMMIT_NAME.fullmatch(name) for name in storage.names(self.uri("commits")))
+        commits = [match for match in names if match and (addition is None or int(match[2] or 0) == addition.number)]
+        folders = set(storage.names(self.uri("counterparts")))
+        if addition is not None:
+            folders &= {partition(query_id) for query_id in addition.query_ids}
+        own, found = (addition or self.additions[0]).fingerprint, None
+        for path in (
+            *(("commits", match[0]) for match in commits),
+            *(("counterparts", each, "meta.json") for each in folders),
+        ):
+            with suppress(InputError, ArtifactError):  # not committed, or damaged
+                found = self.read_json(*path)["fingerprint"] == own
+                if found:
+                    return True
+        return found
+
     def committed(self) -> set[tuple[int, int]]:
         """(addition, shard) of every commit, by one listing."""
         found = (COMMIT_NAME.fullmatch(name) for name in storage.names(self.uri("commits")))
         return {(int(match[2] or 0), int(match[1])) for match in found if match}
 
-    def receipts(self) -> Iterator[Receipt]:
-        """All commits, in order, read as they are gone through. Raises ArtifactError as `receipt` does."""
-        todo = iter(sorted(self.committed()))
+    def receipts(self, keys: Iterable[tuple[int, int]] | None = None) -> Iterator[Receipt]:
+        """Commits, all of them if no keys are given, in order, read as they are gone through. Raises as `receipt`."""
+        todo = iter(sorted(self.committed() if keys is None else keys))
         while some := list(islice(todo, READ_AT_ONCE)):
             yield from parallel(lambda key: self.receipt(*key), some)
 
@@ -243,13 +265,16 @@ class Run(Given):
                 ]
         return []
 
-    def complete_receipts(self) -> Iterator[Receipt]:
+    def complete_receipts(self, grown: bool = False) -> Iterator[Receipt]:
         """All commits of a fully scored run, in order.
+
+        Args:
+            grown: Whether there may be commits of later additions, which the run was not opened with.
 
         Raises:
             ArtifactError: A shard is not committed, or scored and rejected rows do not add up to the manifest's.
         """
-        committed = self.committed()
+        committed = {key for key in self.committed() if not grown or key[0] < len(self.additions)}
         expected = {(work.addition, work.shard.shard_id) for work in self.works()}
         if committed != expected:
             raise ArtifactError(
@@ -257,7 +282,7 @@ class Run(Given):
                 f"{len(committed - expected):,} that the manifest does not have",
                 "run stage score to its end first",
             )
-        for receipt, work in zip(self.receipts(), self.works(), strict=True):
+        for receipt, work in zip(self.receipts(expected), self.works(), strict=True):
             if receipt.rows + receipt.rejects != work.shard.rows:
                 raise ArtifactError(
                     f"commit {receipt.name}: {receipt.rows} scored + {receipt.rejects} rejected rows, "

@@ -126,7 +126,8 @@ def require_whole(run: Run) -> None:
     found = audit(run, RECHECK_BYTES, shown=False)
     if damage := [each for each in found.damage if not each.stray and not each.path.startswith("topk/")]:
         more = f", and {len(damage) - 1} more things are damaged" if len(damage) > 1 else ""
-        raise ArtifactError(f"{run.uri(damage[0].path)}: {damage[0].what}{more}", damage[0].hint or run.mending)
+        what = f"{run.uri(damage[0].path)} is not what its commit says: {damage[0].what}{more}"
+        raise ArtifactError(what, damage[0].hint or run.mending)
 
 
 def collect(run: Run, older_than_s: float, dry: bool = False) -> dict[str, Stored]:

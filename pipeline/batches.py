@@ -14,9 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALIKE = 0.9
 """Length of the shortest sequence of a batch, over that of the longest."""
@@ -35,6 +38,11 @@ class Batch:
 
     item_B: np.ndarray
     arrays: Mapping[str, np.ndarray]
+
+
+def own_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch's tensors, copied for one pass: models and tasks may change what they are given in place."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,11 @@ class Inputs(Protocol):
         """Rows that have a loss of their own."""
         ...
 
+    @property
+    def length_SC(self) -> np.ndarray | None:
+        """Numbers in each item's columns [S, columns] before they are padded; null where no item ever is."""
+        ...
+
     def batches(self, batch_rows: int, batch_tokens: int) -> Iterator[Batch]:
         """All of them in batches, every item in one."""
         ...
@@ -120,6 +133,7 @@ class Arrays:
     bad: Mapping[int, str] = field(default_factory=dict)
     overlong: int = 0
     num_tokens_N: None = None
+    length_SC: None = None
 
     @property
     def items(self) -> int:
@@ -180,6 +194,11 @@ class Sequences:
         return len(self.example_S)
 
     @cached_property
+    def length_SC(self) -> np.ndarray:
+        """See Inputs."""
+        return np.stack([ragged.length_S for ragged in self.columns.values()], axis=1)
+
+    @cached_property
     def _first_N(self) -> np.ndarray:
         return np.flatnonzero(np.diff(self.example_S, prepend=-1))
 
@@ -194,7 +213,7 @@ class Sequences:
         Longest first, so that memory is at its peak in the first batch. A sequence that would be padded by more than a tenth
         begins the next batch, unless this one has hardly begun. A function of the sequences alone.
         """
-        length_S = np.max([ragged.length_S for ragged in self.columns.values()], axis=0)
+        length_S = self.length_SC.max(axis=1)
         order_S = np.argsort(-length_S, kind="stable")
         start = 0
         while start < self.items:

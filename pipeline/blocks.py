@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .batches import own_copy
 from .compiled import Compiled
 from .errors import MAX_NAMES_SHOWN, ContractError
 from .tasks.base import Batch, Task
@@ -47,8 +48,12 @@ class Choice:
 
 
 def tunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All that can be tuned: name -> floating-point parameter, tied ones once."""
-    return {name: each for name, each in model.named_parameters() if each.is_floating_point()}
+    """All that can be tuned: name -> floating-point or complex parameter that holds any numbers, tied ones once."""
+    return {
+        name: each
+        for name, each in model.named_parameters()
+        if each.numel() and (each.is_floating_point() or each.is_complex())
+    }
 
 
 def choose(model: nn.Module, task: Task, batch: Batch, pattern: str = "", last_blocks: int = 0) -> Choice:
@@ -133,7 +138,7 @@ def _calls(model: nn.Module, task: Task, batch: Batch) -> _Calls:
     handles = [module.register_forward_pre_hook(note) for module in model.modules()]
     try:
         with torch.no_grad():
-            task.loss_B(model, {name: value[:1].to(device) for name, value in batch.items()})
+            task.loss_B(model, own_copy({name: value[:1].to(device) for name, value in batch.items()}))
     finally:
         for handle in handles:
             handle.remove()

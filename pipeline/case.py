@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from . import matrices, storage
 from .artifacts import Run
+from .digests import as_frozen
 from .errors import ArtifactError, InputError
 from .evaluate import Estimate
 from .extensions import load_task
@@ -96,7 +97,9 @@ def open_case(judge: Judge, runs: Mapping[str, Run]) -> Case:
                 f"runs.{other}: {run.uri()} has another corpus or other queries than {name}, {first.uri()}",
                 "methods are judged side by side on the same examples and queries",
             )
-    examples = Examples.read(first, load_task(untempered(first.spec.task)))
+    with as_frozen(first):
+        task = load_task(untempered(first.spec.task))
+    examples = Examples.read(first, task)
     found = [matrices.of_run(each, run, first.query_ids, examples.id_N) for each, run in runs.items()]
     found += [
         matrices.of_file(each, storage.absolute(uri), first.query_ids, examples.id_N)

@@ -73,7 +73,8 @@ def between(base: nn.Module, counterpart: nn.Module, factors: Mapping[str, LowRa
                     "save the base with weights of their own for both (tie_word_embeddings: false)",
                 )
         elif not torch.equal(before[name], tensor):
-            norm = float((tensor.double() - before[name].double()).norm())
+            wide = torch.promote_types(tensor.dtype, torch.float64)  # complex numbers stay so
+            norm = float((tensor.to(wide) - before[name].to(wide)).norm())
             factor = factors.get(name)
             whole = tensor.detach().cpu().contiguous().clone() if factor is None else factor.to(torch.empty(0))
             changed[name] = (whole, norm)

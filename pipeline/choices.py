@@ -85,7 +85,8 @@ class ClassificationTask(Extension):
     label: str = "label"
     """Column of the class, an integer from 0."""
     shape: list[Annotated[int, Field(gt=0)]]
-    """Shape of one input as the model takes it, without the batch: [1, 8, 8], [3, 224, 224], [20]."""
+    """Shape of one input as the model takes it, without the batch: [1, 8, 8], [3, 224, 224], [20]. A picture of another
+    size is rejected by its header, undecoded, however large it says it is."""
     mean: list[float] = []
     """Per-channel mean that is subtracted before the model; empty for none."""
     std: list[Annotated[float, Field(gt=0)]] = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .changes import Change, LowRank
 from .layer_rules import slots_of
-from .numerics import to_loss_dtype
+from .numerics import dtype_of, to_loss_dtype
 
 _Swaps = list[tuple[Tensor, Change]]
 """Slots of the model, and what becomes of what they hold in the base."""
@@ -61,8 +61,7 @@ class Counterparts:
     @property
     def dtype(self) -> torch.dtype:
         """In which the base model computes."""
-        floats = [slot for slot in self._slots.values() if slot.is_floating_point()]
-        return floats[0].dtype if floats else torch.float32
+        return dtype_of(self.model)
 
     @property
     def changed(self) -> list[Tensor]:

@@ -22,6 +22,8 @@ from .records import LANGUAGE, Column, Reject
 from .values import python_values
 
 SHOW_CHARS = 60
+PICTURES = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that Pillow decodes itself, by no other program, and of which the header has the size."""
 MAX_DIGITS = 1000
 """Of an integer in text: Python refuses more than 4,300."""
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -29,6 +31,10 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(n
 """How a number is spelt in text, with blanks around it: ASCII digits, no hexadecimal, no separators of thousands."""
 _PLAIN_INTEGER, _PLAIN_NUMBER = "^-?[0-9]{1,18}$", r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
 """Spellings in them that Arrow reads as Python does, many at a time."""
+
+
+class _MisfitError(ValueError):
+    """A picture can be read, and is none that the column takes."""
 
 
 def decode(
@@ -134,13 +140,16 @@ def _values(values: pa.Array, column: Column) -> tuple[np.ndarray, dict[int, str
             dense = dense.copy()
             dense[[row for row, i in enumerate(np.flatnonzero(fits_N)) if int(i) in bad]] = 0
         out[fits_N] = dense
-    for i in np.flatnonzero(~fits_N).tolist():
-        [value] = python_values(values.slice(i, 1))  # one at a time: a shard of pictures is not held twice
+    for i, value in zip(np.flatnonzero(~fits_N).tolist(), python_values(_others(values, fits_N)), strict=True):
         try:
             out[i] = decode_value(value, column).reshape(-1)
         except (ValueError, TypeError, OverflowError) as error:
             bad[i] = str(error)
     return out.reshape(len(values), *column.shape), bad
+
+
+def _others(values: pa.Array, fits_N: np.ndarray) -> pa.Array:
+    return values.filter(pa.array(~fits_N)) if fits_N.any() else values  # no copy of a shard of pictures
 
 
 def _plain_numbers(texts: pa.Array, column: Column) -> pa.Array:
@@ -250,20 +259,25 @@ def _parsed(text: str) -> Any:
 
 def _image(data: bytes, column: Column) -> np.ndarray:
     """Image bytes as floats in [0, 1], (C, H, W) or (H, W) as the column's shape asks."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not column.is_image:
         raise ValueError(f"{len(data)} bytes")
     gray = len(column.shape) == 2 or column.shape[0] == 1
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=PICTURES) as image:
+            if (image.height, image.width) != tuple(
+                column.shape[-2:]
+            ):  # by its header: what would be too large is not decoded
+                raise _MisfitError(f"an image of {image.height}x{image.width}")
             if image.mode.startswith(("I", "F")):  # Pillow would clip 16 bits to 8
-                raise ValueError(f"an image of mode {image.mode}, not 8 bits per channel")
+                raise _MisfitError(f"an image of mode {image.mode}, not 8 bits per channel")
             pixels = np.asarray(image.convert("L" if gray else "RGB"), np.float32) / 255
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"an image that cannot be decoded ({type(error).__name__}, {len(data)} bytes)") from None
-    if pixels.shape[:2] != tuple(column.shape[-2:]):
-        raise ValueError(f"an image of {pixels.shape[0]}x{pixels.shape[1]}")
+    except _MisfitError:
+        raise
+    except Exception as error:  # noqa: BLE001  foreign bytes make decoders raise almost anything
+        why = _shorten(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ValueError(f"an image that cannot be decoded ({why}; {len(data)} bytes)") from None
     return pixels if gray else pixels.transpose(2, 0, 1)
 
 

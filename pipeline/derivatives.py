@@ -105,11 +105,16 @@ def _product(slopes: Mapping[str, Tensor], step: Mapping[str, Change]) -> Tensor
     found = [
         ((slopes[name].float() @ each.right.float().T) * each.left.float()).sum()
         if isinstance(each, LowRank)
-        else (slopes[name].float() * each.float()).sum()
+        else (_as_real(slopes[name]).float() * _as_real(each).float()).sum()
         for name, each in step.items()
         if name in slopes
     ]
     return torch.stack(found).sum()
+
+
+def _as_real(values: Tensor) -> Tensor:
+    """Complex numbers as pairs; autograd's gradient of one has the slopes in both."""
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def forward_along(model: nn.Module, step: Mapping[str, Change], loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

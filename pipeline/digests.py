@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from . import storage
+from .artifacts import Run
 from .errors import InputError, SpecError
 from .formats.base import corpus_root, relative_path
-from .model_folder import MODEL_FILES, TOKENIZER_FILES, model_digest
+from .frozen_files import FrozenFiles, loaded_as_frozen
+from .model_folder import MODEL_FILES, TOKENIZER_FILES, digest_of, model_files
 from .plan import corpus_digest
 from .reader import Reader
 from .records import Shard, SourceFile
@@ -36,19 +39,55 @@ def with_absolute_uris(kind: str, section: _Section) -> _Section:
     return section.model_copy(update=found)
 
 
-def input_digests(spec: Spec, shards: Sequence[Shard]) -> dict[str, str]:
-    """What decides the scores besides the spec: name -> digest. Raises InputError, StorageError."""
+def input_digests(spec: Spec, shards: Sequence[Shard], files: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What decides the scores besides the spec: name -> digest.
+
+    Args:
+        spec: The spec.
+        shards: Of its corpus.
+        files: Those of its models: see `input_files`.
+
+    Raises:
+        SpecError: Two members of an ensemble have the same weights.
+        InputError, StorageError: Files cannot be read.
+    """
     root = corpus_root(spec.corpus.uri)
     relative = {path: relative_path(path, root) for path in {shard.path for shard in shards}}
-    digests = {
+    digests = {name: digest_of(some) for name, some in files.items()}
+    _require_different_members(spec, digests)
+    return {
         "queries": queries_digest(spec.queries, spec.corpus.classes) if spec.queries else "",
         "corpus": corpus_digest(shards, relative),
+        **digests,
     }
+
+
+def input_files(spec: Spec) -> dict[str, dict[str, str]]:
+    """Name, as in `resolved.digests` -> file -> sha256, of each model, tokenizer and adapter. Raises InputError, StorageError."""
+    found = {name: model_files(uri, patterns) for name, _, uri, patterns in _model_inputs(spec)}
+    for place, member in enumerate(spec.ensemble, start=1):
+        name = member_digest(place)
+        try:
+            found[name] = model_files(member.weights_uri)
+        except InputError as error:
+            raise InputError(f"{name}: {error.message}", error.hint) from error
+    return found
+
+
+def _model_inputs(spec: Spec) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+    """Name in `resolved.digests`, field, URI and patterns of what a spec names of models; further members aside."""
     for section in MODEL_URIS:
-        read = TOKENIZER_FILES if section == "task" else MODEL_FILES
+        patterns = TOKENIZER_FILES if section == "task" else MODEL_FILES
         for name, uri in model_uris(section, getattr(spec, section)).items():
-            digests[_SHORT.get(f"{section} {name}", f"{section} {name}")] = model_digest(uri, read)
-    return digests | _ensemble_digests(spec, digests)
+            yield _SHORT.get(f"{section} {name}", f"{section} {name}"), f"{section}.{name}", uri, patterns
+
+
+def as_frozen(run: Run) -> AbstractContextManager[None]:
+    """Around loads of a run's model, task and producer: their files must be what the run was frozen with, else InputError."""
+    files = run.resolved.files
+    return loaded_as_frozen(
+        [FrozenFiles(field, uri, patterns, files[name]) for name, field, uri, patterns in _model_inputs(run.spec)]
+    )
 
 
 def member_digest(place: int) -> str:
@@ -56,21 +95,21 @@ def member_digest(place: int) -> str:
     return f"ensemble.{place - 1}.weights_uri" if place else "weights"
 
 
-def _ensemble_digests(spec: Spec, digests: Mapping[str, str]) -> dict[str, str]:
-    """Name -> digest of the weights of every further member. Raises SpecError for weights that come twice."""
-    found: dict[str, str] = {}
-    for place, member in enumerate(spec.ensemble, start=1):
+def files_of_model(field: str, section: Section) -> list[FrozenFiles]:
+    """What a model's section names, as it is now; `field` is the section's place in its spec. Raises InputError, StorageError."""
+    uris = model_uris("model", section)
+    return [FrozenFiles(f"{field}.{name}", uri, MODEL_FILES, model_files(uri)) for name, uri in uris.items()]
+
+
+def _require_different_members(spec: Spec, digests: Mapping[str, str]) -> None:
+    """See that no weights come twice in an ensemble. Raises SpecError."""
+    known: dict[str, str] = {}
+    for place in range(len(spec.ensemble) + 1 if spec.ensemble else 0):
         name = member_digest(place)
-        try:
-            digest = model_digest(member.weights_uri, MODEL_FILES)
-        except InputError as error:
-            raise InputError(f"{name}: {error.message}", error.hint) from error
-        for before, known in {"model.weights_uri": digests["weights"], **found}.items():
-            if digest == known:
-                hint = "to make a model count more, give it a `weight`"
-                raise SpecError(f"{name}: {member.weights_uri} holds the same weights as {before}", hint)
-        found[name] = digest
-    return found
+        if (before := known.setdefault(digests[name], name)) != name:
+            field = "model.weights_uri" if before == "weights" else before
+            hint = "to make a model count more, give it a `weight`"
+            raise SpecError(f"{name}: {spec.ensemble[place - 1].weights_uri} holds the same weights as {field}", hint)
 
 
 def addition_digests(run_spec: Spec, shards: Sequence[Shard], queries: str | None) -> dict[str, str]:

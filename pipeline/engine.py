@@ -24,6 +24,7 @@ from .compiled import Compiled
 from .counterparts import Counterparts
 from .derivatives import Derivative, Derivatives, forward_along
 from .losses import Losses
+from .numerics import cast
 from .passes import LossFunction, Passes
 
 CHECKED_ROWS = 4
@@ -112,7 +113,7 @@ class LossEngine:
         needed_bytes, free_bytes = 2 * dtype.itemsize * numbers, self.free_bytes
         if needed_bytes > SHARE_OF_MEMORY * free_bytes:
             raise MemoryError(f"it takes {needed_bytes / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} are free")
-        return LossEngine(copy.deepcopy(self._model).to(dtype), self._task, changes)
+        return LossEngine(cast(copy.deepcopy(self._model), dtype), self._task, changes)
 
     def losses(
         self, batches: Iterable[Batch], positions: Sequence[int] | None = None, base_S: np.ndarray | None = None
@@ -252,11 +253,13 @@ class LossEngine:
         return loss_B, torch.stack(columns, dim=1) if columns else loss_B.new_empty(len(loss_B), 0)
 
     def _tensors(self, batch: Batch) -> dict[str, Tensor]:
-        tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
-        return {
-            name: tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in tensors.items()
-        }
+        """A batch on the device; with versions, which tensors of inference mode do not have."""
+        with torch.inference_mode(False):
+            tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+            return {
+                name: tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
+                for name, tensor in tensors.items()
+            }
 
 
 def _ascending(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

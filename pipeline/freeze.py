@@ -8,9 +8,8 @@ Next: tune.
 
 from __future__ import annotations
 
-import platform
+from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,11 +18,29 @@ from . import storage
 from .artifacts import Run
 from .base_losses import rows_kept
 from .corpus import Corpus, payload_names, require_free_names
-from .digests import MODEL_URIS, addition_digests, input_digests, queries_digest, with_absolute_uris
+from .digests import (
+    MODEL_URIS,
+    addition_digests,
+    as_frozen,
+    input_digests,
+    input_files,
+    queries_digest,
+    with_absolute_uris,
+)
 from .errors import ArtifactError, InputError, SpecError
 from .extensions import load_loader, load_producer, load_task, needs_query, sample_rows
 from .folder import partition
-from .frozen import create_addition, create_run, is_begun, is_run, open_run, save_spec
+from .formats.base import overlap
+from .frozen import (
+    REFREEZE,
+    create_addition,
+    create_run,
+    is_begun,
+    is_run,
+    open_alone,
+    open_run,
+    save_spec,
+)
 from .importing import user_code
 from .observe import say
 from .plan import Plan, added_fingerprint, fingerprint, identity, make_plan, make_shards, shard_rows
@@ -33,9 +50,9 @@ from .records import RANKED, stored
 from .sections import Section
 from .spec import Resolved, Spec
 from .specfile import changed_fields
+from .versions import versions, warn_of_changes
 from .works import Addition, Manifest
 
-PACKAGES = ("mirrorscope", "torch", "ray", "pyarrow")
 MAX_CHANGES_SHOWN = 8
 MAX_NAME_CHARS = 255
 
@@ -55,10 +72,11 @@ def freeze(spec: Spec) -> Run:
         created = None if faster else create_run(run)
         if created is None:  # another driver was faster: the run is what it froze
             return _reopen(spec)
-        run = created
         say(
             f"froze {run.rows:,} training examples in {len(run.shards)} shards, {len(run.query_ids)} queries: {run.uri()}"
         )
+        # Where run.yaml was lost and is written again, additions are there already.
+        run = open_alone(run.uri()) if storage.names(run.uri("additions")) else created
     return run
 
 
@@ -73,15 +91,23 @@ def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
 
     A run that has committed nothing yet makes way for another spec, so that a mended one can have its folder.
     """
-    run = None
-    if is_run(run_uri := storage.absolute(spec.run.uri)):
+    _require_apart(
+        spec.run.uri, {"corpus.uri": spec.corpus.uri, "queries.uri": spec.queries.uri if spec.queries else None}
+    )
+    run, run_uri = None, storage.absolute(spec.run.uri)
+    if is_run(run_uri):
         try:
             run = _reopen(spec)
         except ArtifactError:
             if is_begun(run_uri):
                 raise
     resumed = run is not None
-    run = run or _survey(spec)
+    if run is None:
+        run = _survey(spec)
+        if run.has_commits() is False:
+            raise ArtifactError(
+                f"{run_uri} holds what another spec made, and no run.yaml of it that is whole", REFREEZE
+            )
     taken = {*RANKED.names, *stored(RANKED, run.per_token).names}
     require_free_names(payload_names(run.spec.corpus, run.columns), taken)
     return run, resumed
@@ -104,12 +130,23 @@ def _survey(spec: Spec) -> Run:
     rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)
     resolved = _resolve(spec, corpus, rows_each)
-    digests = input_digests(resolved, shards)
+    files = input_files(resolved)
+    digests = input_digests(resolved, shards, files)
     _require_same_inputs(spec, digests)
-    frozen = Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, versions=_versions())
+    frozen = Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, files=files, versions=versions())
     resolved = resolved.model_copy(update={"resolved": frozen})
     first = Addition(0, frozen.fingerprint, 0, len(shards), query_ids)
     return Run(resolved, Manifest.of(shards), tuple(columns), queries, (first,))
+
+
+def _require_apart(run_uri: str, inputs: Mapping[str, str | None]) -> None:
+    """See that no input takes in the run's own files, or lies among them. Raises SpecError."""
+    for field, uri in inputs.items():
+        if uri is not None and overlap(uri, run_uri):
+            raise SpecError(
+                f"run.uri: {run_uri} and {field} {uri} are in one another: the run's own files would be read as rows",
+                "give the run a folder of its own, beside its inputs",
+            )
 
 
 def _require_fitting_producer(spec: Spec) -> None:
@@ -160,10 +197,6 @@ def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
     return spec.model_copy(update={**update, "ensemble": members})
 
 
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
-
-
 def _require_same_inputs(spec: Spec, digests: dict[str, str]) -> None:
     """A spec that was resolved before runs again only on the same inputs. Raises ArtifactError."""
     if spec.resolved is None:
@@ -186,7 +219,7 @@ def _reopen(spec: Spec) -> Run:
     rows_each = spec.score.shard_rows or run.spec.score.shard_rows
     assert rows_each is not None
     wanted = _resolve(spec, corpus, rows_each)
-    digests = input_digests(wanted, run.shards[: run.additions[0].stop_shard])
+    digests = input_digests(wanted, run.shards[: run.additions[0].stop_shard], input_files(wanted))
     changes = changed_fields(identity(run.spec), identity(wanted))
     changes += [
         f"{name}: the file's contents" for name, old in run.resolved.digests.items() if digests.get(name) != old
@@ -197,7 +230,7 @@ def _reopen(spec: Spec) -> Run:
             f"{run.uri()} was made by another spec:\n{shown}",
             "use another run.uri for the changed spec, or undo the change",
         )
-    _warn(run, spec)
+    warn_of_changes(run, spec)
     spec_now = wanted.model_copy(update={"resolved": run.spec.resolved})
     run_now = replace(run, spec=spec_now)
     if spec_now != run.spec:  # fields that move no score: how many workers, how deep to rank
@@ -241,23 +274,48 @@ def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run
     again adds nothing. The seal goes before the addition comes, so that it never stands for less than all of the run.
 
     Raises:
+        SpecError: The new files are in the run's folder, or it is in theirs.
         ArtifactError: The run is not finished, or a file of it changed.
         InputError: The new queries or files are malformed, or bring ids that the run has already.
     """
-    run = open_run(run_uri)
+    _require_apart(run_uri, {"corpus": corpus_uri, "queries": queries_uri})
+    run, damage = _open_to_extend(run_uri)
     queries, queries_digest = _new_queries(run, queries_uri) if queries_uri else (None, None)
     shards = _new_shards(run, corpus_uri) if corpus_uri else Manifest.of([])
     if queries is None and not len(shards):
+        run = (
+            run if damage is None else open_alone(run_uri)
+        )  # whole, if the damage is a member's, which is made whole later
         say(f"{run.uri()} has all of that already")
         return run
     if not run.is_sealed():  # or it was, and a call of this that added nothing took the seal away
         _require_finished(run)
-    corpus = Corpus(run.spec.corpus)
+    addition = _addition(run, queries, queries_digest, shards, corpus_uri)
+    if damage is not None and run.has_commits(addition) is False:
+        raise damage
+    storage.remove(run.uri("_SUCCESS"))
+    create_addition(run, addition, shards, queries)
+    say(f"added {len(addition.query_ids)} queries and {shards.rows:,} training examples in {len(shards)} shards")
+    return open_run(run_uri) if damage is None else open_alone(run_uri)
+
+
+def _open_to_extend(run_uri: str) -> tuple[Run, ArtifactError | None]:
+    """A run, or, where an addition to it is damaged, the run as it was before that, and the damage."""
+    try:
+        return open_run(run_uri), None
+    except ArtifactError as damage:
+        return open_alone(run_uri, before_damage=True), damage
+
+
+def _addition(
+    run: Run, queries: pa.Table | None, queries_digest: str | None, shards: Manifest, corpus_uri: str | None
+) -> Addition:
+    """What is added, with its fingerprint. Raises InputError: an id comes twice."""
     both = pa.concat_tables([run.shards.table.replace_schema_metadata(None), shards.table])
     if len(shards):
-        corpus.check_ids(Manifest(both))
+        Corpus(run.spec.corpus).check_ids(Manifest(both))
     digests = addition_digests(run.spec, list(shards), queries_digest)
-    addition = Addition(
+    return Addition(
         number=len(run.additions),
         fingerprint=added_fingerprint(run.additions[-1].fingerprint, digests),
         first_shard=len(run.shards),
@@ -266,16 +324,12 @@ def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run
         corpus_uri=storage.absolute(corpus_uri) if corpus_uri and len(shards) else None,
         queries_digest=queries_digest,
     )
-    storage.remove(run.uri("_SUCCESS"))
-    create_addition(run, addition, shards, queries)
-    say(f"added {len(addition.query_ids)} queries and {shards.rows:,} training examples in {len(shards)} shards")
-    return open_run(run_uri)
 
 
 def _require_finished(run: Run) -> None:
     """See that all of a run is scored. Raises ArtifactError, InputError."""
     try:
-        rejects = sum(receipt.rejects for receipt in run.complete_receipts())
+        rejects = sum(receipt.rejects for receipt in run.complete_receipts(grown=True))
     except ArtifactError as error:
         raise ArtifactError(error.message, f"only a finished run grows: `mirrorscope status {run.uri()}`") from error
     run.require_few_rejects(rejects)
@@ -289,7 +343,8 @@ def _new_queries(run: Run, uri: str) -> tuple[pa.Table | None, str | None]:
     digest = queries_digest(section, run.spec.corpus.classes)
     if digest in {run.resolved.digests["queries"], *(addition.queries_digest for addition in run.additions)}:
         return None, None
-    queries = checked_queries(section, run.columns, run.spec.corpus.classes, load_task(run.spec.task))
+    with as_frozen(run):
+        queries = checked_queries(section, run.columns, run.spec.corpus.classes, load_task(run.spec.task))
     if known := [query_id for query_id in _query_ids(queries) if query_id in run.query_ids]:
         raise InputError(
             f"{uri}: {len(known)} query ids are in the run already, first {known[0]!r}",
@@ -309,19 +364,3 @@ def _new_shards(run: Run, uri: str) -> Manifest:
         return Manifest.of([])
     measured = [one for one in corpus.measure(files, run.columns, may_be_empty=True) if one.rows]
     return Manifest.of(make_shards(measured, run.spec.score.shard_rows, first=len(run.shards)))
-
-
-def _warn(run: Run, spec: Spec) -> None:
-    """Say what may round differently from what is committed already."""
-    for stage in ("tune", "score"):
-        before, after = getattr(run.spec.resources, stage), getattr(spec.resources, stage)
-        if (int(before.cpus), before.gpus > 0) != (int(after.cpus), after.gpus > 0):
-            say(
-                f"warning: {run.uri()} was begun with other workers for {stage} (threads or device): last bits may differ"
-            )
-    now = _versions()
-    for package, then in run.resolved.versions.items():
-        if now.get(package) != then:
-            say(
-                f"warning: {run.uri()} was begun with {package} {then}, this is {now.get(package)}: last bits may differ"
-            )

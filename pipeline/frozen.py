@@ -27,7 +27,7 @@ MANIFEST_NAME, QUERIES_NAME = "manifest.parquet", "queries.parquet"
 ADDITION_NAME = "addition.json"
 REEXTEND = "put it back from a copy, or extend the run by the same queries and files again: it is written again"
 REFREEZE = (
-    "put it back from a copy, or give the run's command, `mirrorscope run SPEC`: it is written again from the same spec"
+    "put it back from a copy; or `mirrorscope verify --mend`, then `mirrorscope run SPEC` with its spec, write it again"
 )
 """What to do about a frozen object that is damaged, for hints: one of an addition, and of the run as it began."""
 _COLUMNS_KEY = b"task_columns"
@@ -43,6 +43,27 @@ def is_begun(run_uri: str) -> bool:
     members = [f"{run_uri}/{FOLDER}/{name}" for name in storage.names(f"{run_uri}/{FOLDER}")]
     folders = [f"{uri}/{kind}" for uri in (run_uri, *members) for kind in ("counterparts", "commits")]
     return is_run(run_uri) and any(storage.objects(folder) for folder in folders)
+
+
+def set_aside(run_uri: str) -> list[str]:
+    """Put away run.yaml where it or a table that it names is damaged, so that the run's command freezes the run again.
+
+    Of an ensemble that of each member, too.
+
+    Returns:
+        Where they are now; empty if nothing that was frozen is damaged, but perhaps an addition.
+    """
+    run_uri = storage.absolute(run_uri)
+    moved = []
+    for uri in (run_uri, *(f"{run_uri}/{FOLDER}/{name}" for name in storage.names(f"{run_uri}/{FOLDER}"))):
+        if is_run(uri):
+            try:
+                open_alone(uri, before_damage=True)
+            except ArtifactError:
+                moved.append(f"{uri}/run.yaml.damaged")
+                storage.write_bytes(moved[-1], storage.read_bytes(f"{uri}/run.yaml"))
+                storage.remove(f"{uri}/run.yaml")
+    return moved
 
 
 def create_run(run: Run) -> Run | None:
@@ -108,36 +129,39 @@ def create_addition(run: Run, addition: Addition, shards: Manifest, queries: pa.
         if table is not None:
             data = parquet_bytes(table)
             tables[kind] = storage.bytes_digest(data)
-            run.write(data, *_addition_parts(addition.number, _table_name(kind, tables[kind])))
+            run.write(data, _table_path(addition.number, kind, tables[kind]))
     data = json_bytes({**asdict(addition), "tables": tables})
-    uri = run.uri(*_addition_parts(addition.number, ADDITION_NAME))
+    uri = run.uri(addition_path(addition.number))
     if run.resolved.commits == "put":
         storage.write_bytes(uri, data)
     elif not storage.create_bytes(uri, data) and storage.read_bytes(uri) != data:
-        raise ArtifactError(
-            f"{run.uri()} was extended by somebody else in the same moment", "extend it again when that is done"
-        )
+        if _is_whole(run, addition.number):
+            raise ArtifactError(
+                f"{run.uri()} was extended by somebody else in the same moment", "extend it again when that is done"
+            )
+        storage.write_bytes(uri, data)
+
+
+def _is_whole(run: Run, number: int) -> bool:
+    try:
+        read_addition(run, number)
+    except ArtifactError:
+        return False
+    return True
 
 
 def addition_path(number: int) -> str:
     """Path of what commits an addition."""
-    return "/".join(_addition_parts(number, ADDITION_NAME))
+    return f"additions/{number:04d}/{ADDITION_NAME}"
 
 
 def addition_tables(number: int, described: Mapping[str, Any]) -> dict[str, str]:
     """Path -> sha256 of the tables that an addition names."""
-    return {
-        "/".join(_addition_parts(number, _table_name(kind, sha256))): sha256
-        for kind, sha256 in described["tables"].items()
-    }
+    return {_table_path(number, kind, sha256): sha256 for kind, sha256 in described["tables"].items()}
 
 
-def _addition_parts(number: int, name: str) -> tuple[str, str, str]:
-    return "additions", f"{number:04d}", name
-
-
-def _table_name(kind: str, sha256: str) -> str:
-    return f"{kind}-{sha256[:16]}.parquet"
+def _table_path(number: int, kind: str, sha256: str) -> str:
+    return f"additions/{number:04d}/{kind}-{sha256[:16]}.parquet"
 
 
 def open_run(run_uri: str) -> Run:
@@ -145,6 +169,20 @@ def open_run(run_uri: str) -> Run:
 
     Raises:
         ArtifactError: There is none, or what was frozen is damaged, or a part of it is gone.
+    """
+    return _with_members(open_alone(run_uri))
+
+
+def open_alone(run_uri: str, before_damage: bool = False) -> Run:
+    """Open a frozen run, an ensemble without its members.
+
+    Args:
+        run_uri: Its folder.
+        before_damage: Whether a run with an addition that is damaged is opened as it was before that, so that the addition can
+            be written again.
+
+    Raises:
+        ArtifactError: As `open_run`.
     """
     run_uri = storage.absolute(run_uri)
     if not is_run(run_uri):
@@ -164,7 +202,7 @@ def open_run(run_uri: str) -> Run:
     ]
     first = Addition(0, bare.resolved.fingerprint, 0, len(manifest), _in_order(queries))
     frozen = replace(bare, shards=Manifest(manifest), columns=tuple(columns), queries=queries, additions=(first,))
-    return _with_members(_with_additions(frozen))
+    return _with_additions(frozen, before_damage)
 
 
 def _with_members(run: Run) -> Run:
@@ -175,23 +213,27 @@ def _with_members(run: Run) -> Run:
     return ensemble_of(run, tuple(open_run(uri) for uri in takewhile(is_run, places)))
 
 
-def _with_additions(run: Run) -> Run:
-    """The run with all that was added to it."""
+def _with_additions(run: Run, before_damage: bool) -> Run:
+    """The run with all that was added to it. Raises ArtifactError: an addition is damaged or gone, and that is not expected."""
     numbers = [int(name) for name in storage.names(run.uri("additions")) if name.isdigit()]
     committed = parallel(lambda n: storage.exists(run.uri(addition_path(n))), numbers)
     manifests, queries, additions = [run.shards.table], [run.queries], list(run.additions)
     for place, number in enumerate((n for n, done in zip(numbers, committed, strict=True) if done), start=1):
-        if number != place:
-            raise ArtifactError(f"{run.uri(addition_path(place))} is gone", REEXTEND)
         try:
+            if number != place:
+                raise ArtifactError(f"{run.uri(addition_path(place))} is gone")
             described = read_addition(run, number)
-            for kind, tables in (("manifest", manifests), ("queries", queries)):
-                if sha256 := described["tables"].get(kind):
-                    tables.append(run.read_table(*_addition_parts(number, _table_name(kind, sha256)), sha256=sha256))
+            tables = described.pop("tables")
+            added = {
+                kind: run.read_table(_table_path(number, kind, tables[kind]), sha256=tables[kind]) for kind in tables
+            }
         except (InputError, ArtifactError) as error:
+            if before_damage:
+                break
             raise ArtifactError(error.message, REEXTEND) from error
-        known = {name: value for name, value in described.items() if name != "tables"}
-        additions.append(Addition(**{**known, "query_ids": tuple(known["query_ids"])}))
+        manifests += [added["manifest"]] if "manifest" in added else []
+        queries += [added["queries"]] if "queries" in added else []
+        additions.append(Addition(**{**described, "query_ids": tuple(described["query_ids"])}))
     if len(additions) == 1:
         return run
     shards = pa.concat_tables([table.replace_schema_metadata(None) for table in manifests])

@@ -213,7 +213,7 @@ def uses_in(model: nn.Module, chosen: Mapping[str, Tensor]) -> list[Use]:
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
         weight, bias = (names.get(id(own.get(each))) for each in ("weight", "bias"))
-        if weight is None or not own.keys() <= {"weight", "bias"}:
+        if weight is None or not own.keys() <= {"weight", "bias"} or any(each.is_complex() for each in own.values()):
             continue
         if isinstance(module, nn.Embedding):
             found.append(Lookup(module, weight))

@@ -6,9 +6,10 @@ all members are asked the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,9 +19,11 @@ from .artifacts import Run
 from .digests import addition_digests, member_digest
 from .ensemble import Ensemble, ensemble_of, member_spec, number_of_members
 from .errors import ArtifactError, PipelineError
-from .frozen import create_addition, create_run, is_begun, is_run, open_run, save_spec
+from .frozen import create_addition, create_run, is_begun, is_run, open_alone, save_spec
 from .plan import added_fingerprint, fingerprint
 from .spec import Resolved, Spec
+
+_Value = TypeVar("_Value")
 
 
 def gathered(run: Run) -> Run:
@@ -52,14 +55,14 @@ def _member(run: Ensemble, place: int) -> Run:
     """One member, up to date."""
     spec = _resolved(run, place)
     uri = spec.run.uri
-    member = open_run(uri) if is_run(uri) else None
+    # An addition that is damaged is written again below.
+    member = open_alone(uri, before_damage=True) if is_run(uri) else None
     if member is not None and not _is_same(member, spec) and not is_begun(uri):
         member = None  # makes way, as it does for a run's mended spec
     if member is None:
         first = replace(run.additions[0], fingerprint=_fingerprint(spec))
-        shards, queries = run.shards[: first.stop_shard], _queries(run, 0)
-        created = create_run(Run(spec, shards, run.columns, queries, (first,)))
-        member = created or open_run(uri)  # another driver was faster
+        create_run(Run(spec, run.shards[: first.stop_shard], run.columns, _queries(run, 0), (first,)))
+        member = open_alone(uri, before_damage=True)  # another driver may have been faster
     if not _is_same(member, spec):
         raise ArtifactError(
             f"{uri} holds another run: fingerprint {member.resolved.fingerprint}, expected {_fingerprint(spec)}",
@@ -75,10 +78,16 @@ def _member(run: Ensemble, place: int) -> Run:
 def _resolved(run: Ensemble, place: int) -> Spec:
     """A member's spec with its part of what the ensemble was resolved with."""
     spec = member_spec(run.spec, place)
-    digests = {name: digest for name, digest in run.resolved.digests.items() if not name.startswith("ensemble.")}
-    digests["weights"] = run.resolved.digests[member_digest(place)]
-    resolved = Resolved(fingerprint=fingerprint(spec, digests), digests=digests, versions=run.resolved.versions)
+    digests, files = _of_member(run.resolved.digests, place), _of_member(run.resolved.files, place)
+    mark, versions = fingerprint(spec, digests), run.resolved.versions
+    resolved = Resolved(fingerprint=mark, digests=digests, files=files, versions=versions)
     return spec.model_copy(update={"resolved": resolved})
+
+
+def _of_member(every: Mapping[str, _Value], place: int) -> dict[str, _Value]:
+    """What an ensemble was frozen with, by its names, as a member was."""
+    common = {name: value for name, value in every.items() if not name.startswith("ensemble.")}
+    return {**common, "weights": every[member_digest(place)]}
 
 
 def _fingerprint(spec: Spec) -> str:
@@ -99,7 +108,7 @@ def _grown(run: Ensemble, member: Run) -> Run:
         storage.remove(member.uri("_SUCCESS"))
         queries = _queries(run, addition.number) if addition.query_ids else None
         create_addition(member, replace(addition, fingerprint=mark), shards, queries)
-        member = open_run(member.uri())
+        member = open_alone(member.uri(), before_damage=True)
     for what, theirs, ours in (
         ("corpus", member.shards, run.shards),
         ("queries", member.query_ids, run.query_ids),

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import storage
 from .errors import InputError, first_line
+from .frozen_files import FrozenFiles, at_the_end, expected_of, identity
 from .private_copies import verified_copy
 
 CONFIG_FILES = ("*.json",)
@@ -40,7 +41,7 @@ def read_config(uri: str) -> dict[str, Any]:
     if "config.json" not in _files(uri, CONFIG_FILES):
         return {}
     try:
-        found = json.loads(storage.read_bytes(f"{uri}/config.json"))
+        found = json.loads(storage.read_bytes(f"{local_copy(uri, TOKENIZER_FILES)}/config.json"))
     except ValueError as error:
         raise InputError(f"{uri}/config.json cannot be read: {error}") from error
     return dict(found)
@@ -82,11 +83,32 @@ def load_error(uri: str, what: str, error: Exception, hint: str = "") -> InputEr
     return InputError(f"{what}: {first_line(error)}", hint)
 
 
-def model_digest(uri: str, patterns: Sequence[str] = MODEL_FILES) -> str:
-    """sha256 of a file of weights, or of names and contents of what is read of a folder. Raises InputError, StorageError."""
+def read_file(uri: str) -> bytes:
+    """A file of weights; what is read is what the run was frozen with, if it is the run's. Raises InputError, StorageError."""
+    data = storage.read_bytes(uri)
+    if (frozen := expected_of(uri, MODEL_FILES)) is not None:
+        frozen.require({"": storage.bytes_digest(data)})
+    return data
+
+
+def model_files(uri: str, patterns: Sequence[str] = MODEL_FILES) -> dict[str, str]:
+    """Name -> sha256 of each file that is read of a folder; of a file of weights alone, whose name is then empty.
+
+    Raises InputError, StorageError.
+    """
     if not is_folder(uri):
-        return storage.file_digest(uri)
-    return _joint_digest({name: storage.file_digest(f"{uri}/{name}") for name in _files(uri, patterns)})
+        return {"": storage.file_digest(uri)}
+    return {name: storage.file_digest(f"{uri}/{name}") for name in _files(uri, patterns)}
+
+
+def model_digest(uri: str, patterns: Sequence[str] = MODEL_FILES) -> str:
+    """One sha256 of what `model_files` gives. Raises InputError, StorageError."""
+    return digest_of(model_files(uri, patterns))
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """One sha256 of the names of files and the sha256 of each; of a single file its own."""
+    return files[""] if "" in files else _joint_digest(files)
 
 
 def _joint_digest(digests: Mapping[str, str]) -> str:
@@ -94,7 +116,7 @@ def _joint_digest(digests: Mapping[str, str]) -> str:
     return storage.bytes_digest("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode())
 
 
-def local_copy(uri: str, patterns: Sequence[str] = MODEL_FILES, digest: str | None = None) -> str:
+def local_copy(uri: str, patterns: tuple[str, ...] = MODEL_FILES, digest: str | None = None) -> str:
     """A folder on this machine with these files: the folder itself, or a private copy that this user's processes share.
 
     A copy is known by the versions of what was copied, so a folder that changed is copied again. Its files are compared with
@@ -109,17 +131,40 @@ def local_copy(uri: str, patterns: Sequence[str] = MODEL_FILES, digest: str | No
         InputError: There is no such folder, it changes while it is copied, or its contents have another digest.
         StorageError: The store refuses, or no private folder on this machine takes the copy.
     """
-    place = storage.absolute(uri)
+    place, names, frozen = storage.absolute(uri), _files(uri, patterns), expected_of(uri, patterns)
+    if frozen is not None:
+        digest = digest_of(frozen.files)
     if "://" in place:
-        names = _files(uri, patterns)
-        folder, digests = verified_copy(place, names, lambda found: digest in (None, _joint_digest(found)))
-        found = _joint_digest(digests)
+        folder, found = verified_copy(place, names, lambda found: digest in (None, _joint_digest(found)))
     else:
-        _files(uri, patterns)  # for its errors
-        folder, found = place, model_digest(uri, patterns) if digest is not None else ""
-    if digest not in (None, found):
+        before = {name: identity(f"{place}/{name}") for name in names}
+        folder, found = place, model_files(place, patterns) if digest is not None else {}
+        if frozen is not None:  # a library reads the folder itself after this
+            at_the_end(lambda: _require_untouched(frozen, place, before))
+    if frozen is not None:
+        frozen.require(found)
+    if digest is not None and digest != _joint_digest(found):
         raise InputError(
-            f"{uri} is not what the run was frozen with: sha256 of its files is {found}, expected {digest}",
+            f"{uri} is not what the run was frozen with: sha256 of its files is {_joint_digest(found)}, expected {digest}",
             "put the former files back, or start a new run in another folder",
         )
     return folder
+
+
+def _require_untouched(frozen: FrozenFiles, place: str, before: Mapping[str, tuple[int, ...]]) -> None:
+    """See that a local folder was not written to since its digests were compared. Raises InputError."""
+    for name, then in before.items():
+        try:
+            now = identity(f"{place}/{name}")
+        except OSError as error:
+            raise InputError(f"{frozen.field}: {place}/{name} went away while it was read: {error}") from error
+        if now[:-1] != then[:-1]:
+            raise InputError(
+                f"{frozen.field}: {place}/{name} was written while it was read: got size and time {now[2:4]}, "
+                f"expected {then[2:4]}",
+                "run the same command again when nobody writes there",
+            )
+        if now != then:  # metadata alone, as by chmod or a hard link; or times were put back
+            frozen.require({**frozen.files, name: storage.file_digest(f"{place}/{name}")})
+    new = set(_files(place, frozen.patterns)) - before.keys()
+    frozen.require({**frozen.files, **{name: storage.file_digest(f"{place}/{name}") for name in new}})

@@ -19,9 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .batches import own_copy
 from .compiled import Compiled
 from .counterparts import Counterparts
-from .errors import first_line
+from .errors import ContractError, first_line
 from .observe import say
 from .trunk import Trunk
 
@@ -54,6 +55,7 @@ class Passes:
         self._compiled = compiled
         self._trunk: Trunk | None = Trunk(self._model, counterparts.changed, compiled.blocks if compiled else ())
         self._is_trunk_tried = self._is_compiled_tried = False
+        self._changes_inputs: bool | None = None
         sees_images = any(isinstance(module, nn.Conv2d) for module in self._model.modules())
         self._rounds_finely = counterparts.dtype.itemsize >= 4  # else the first batch's luck would decide, by SAME
         self._is_laid_out = not (sees_images and self._rounds_finely and counterparts.device.type == "cpu")
@@ -87,18 +89,36 @@ class Passes:
         return self._shared_passes(self._trunk, tensors, positions)
 
     def loss_B(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Losses [B] under the model as it is now.
+        """Losses [B] under the model as it is now; the tensors stay what they are, whatever model and task do to theirs.
 
         Raises:
             ValueError: The task returned losses of another shape than [B], or in half precision.
+            ContractError: Inputs were changed in place, and those of the first batch were not.
         """
         rows = len(next(iter(tensors.values())))
-        loss_B = self._task.loss_B(self._model, tensors)
+        loss_B = self._own_pass(tensors)
         if loss_B.shape != (rows,) or loss_B.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{type(self._task).__name__}.loss_B returned {loss_B.dtype} of shape {list(loss_B.shape)}, "
                 f"expected [{rows}] in float32 or float64"
             )
+        return loss_B
+
+    def _own_pass(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What the task returns. Where the first batch was not changed in place, others are not copied for every pass."""
+        if self._changes_inputs is False:
+            before = [tensor._version for tensor in tensors.values()]
+            loss_B = self._task.loss_B(self._model, tensors)
+            if before != [tensor._version for tensor in tensors.values()]:
+                raise ContractError(
+                    f"{self._kind} or its task changes some batches in place, but not the first one",
+                    "change a copy: `x = x - mean` instead of `x -= mean`",
+                )
+            return loss_B
+        own = own_copy(tensors)
+        loss_B = self._task.loss_B(self._model, own)
+        if self._changes_inputs is None:
+            self._changes_inputs = not all(map(torch.equal, tensors.values(), own.values()))
         return loss_B
 
     def lay_out(self, tensors: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from .artifacts import Run
 from .batches import Batch
 from .calibration import LOOKED_AT, MANY, Calibration, Way, calibrate
 from .corpus import Corpus, Examples
+from .digests import as_frozen
 from .ensemble import member_spec
 from .errors import InputError, SpecError
 from .extensions import load_model, load_task, prepared
@@ -146,7 +147,8 @@ class _Trial:
         run, section = self.run, self.run.spec.score
         work, (examples, inputs), read_s = self._shard
         (engine, room_bytes), queries = self._engine(device, section.compile), len(run.query_ids)
-        batches = self._batches(inputs)
+        with self._about(work):
+            batches = self._batches(engine, inputs)
         say(f"scoring batches of {work.shard.path} under {queries:,} queries, for about {spoken(MEASURED_S)}")
         with self._about(work):
             found = calibrate(engine, batches[0], queries) if given is None and queries >= MANY else None
@@ -175,7 +177,9 @@ class _Trial:
             timing: What was measured without.
         """
         work, (_, inputs), _ = self._shard
-        engine, batches = self._engine(device, compile=True)[0], self._batches(inputs)
+        engine = self._engine(device, compile=True)[0]
+        with self._about(work):
+            batches = self._batches(engine, inputs)
         say(f"scoring some compiled, and as they are, for about {spoken(2 * MEASURED_S)}")
         with self._about(work):
             first_s = _timed(lambda: engine.losses(batches[:1], [0]))[1]
@@ -188,15 +192,20 @@ class _Trial:
         with_it = forecast(plain.fingerprint, replace(plan, kept=0), there, plain.workers)
         return Compiling(plan.members * first_s, times, plain.score_s - with_it.score_s)
 
-    def _batches(self, inputs: Inputs) -> list[Batch]:
-        """Of the shard."""
+    def _batches(self, engine: LossEngine, inputs: Inputs) -> list[Batch]:
+        """Of the shard, as an actor makes them. Raises ContractError: losses are not those of single rows."""
+        from .model_check import ModelCheck
+
         section = self.run.spec.score
-        return list(inputs.batches(section.batch_rows, section.batch_tokens))
+        check = ModelCheck(engine.model, load_task(self.run.spec.task))
+        return list(check.batches(inputs, section.batch_rows, section.batch_tokens))
 
     @cached_property
     def _shard(self) -> tuple[Work, tuple[Examples, Inputs], float]:
         """The first shard that can be read, what is in it, and the seconds that this took."""
-        run, corpus, task = self.run, Corpus(self.run.spec.corpus), load_task(self.run.spec.task)
+        run, corpus = self.run, Corpus(self.run.spec.corpus)
+        with as_frozen(run):
+            task = load_task(run.spec.task)
 
         def read(work: Work) -> tuple[Examples, Inputs]:
             examples = corpus.read(work.shard, run.columns)
@@ -230,13 +239,13 @@ class _Trial:
         from .engine import LossEngine
 
         run, there, section = self.run, torch.empty(0, device=device), self.run.spec.resources.score
-        model = load_model(run.spec.model, device, run.spec.seed)
+        with as_frozen(run):
+            model, task = load_model(run.spec.model, device, run.spec.seed), load_task(run.spec.task)
         room_bytes = memory.room_bytes(there.device, section.cpus, section.gpus, section.counterparts_gib)
         tuned = [from_bytes(run.counterpart_tensors(query_id)) for query_id in self._tuned]
         changes = [{name: change.to(there) for name, change in found.items()} for found in tuned]
         queries = len(run.query_ids)
         counterparts = [changes[q % len(changes)] for q in range(queries)]
-        task = load_task(run.spec.task)
         return LossEngine(model, task, counterparts, room_bytes, compiled(model, task) if compile else None), room_bytes
 
     def _write_s(self, work: Work, examples: Examples) -> float:

@@ -23,15 +23,15 @@ from . import storage
 from .artifacts import Run
 from .attempts import Worker, start_attempts
 from .cluster import Watchdog, actors_of, connected, errors_of
-from .digests import model_uris
-from .errors import ArtifactError, ClusterError, PipelineError
+from .errors import ArtifactError, ClusterError, InputError, PipelineError
 from .folder import parallel, parquet_bytes, table_of
 from .frozen import open_run
+from .frozen_files import FrozenFiles
 from .judge import Judge
 from .lessons import Lesson, Step, Whole
-from .model_folder import model_digest
+from .model_folder import digest_of
 from .observe import Progress
-from .retraining import Examples, Retrainer, known_start, start_of, untempered
+from .retraining import Examples, Retrainer, known_start, start_files, start_of, untempered
 
 LOSSES = pa.schema(
     [
@@ -67,7 +67,18 @@ class Retrainings:
         return [lesson for lesson in dict.fromkeys(lessons) if _object(lesson) not in there]
 
     def do(self, retrainer: Retrainer, lesson: Lesson) -> None:
-        """Train once, and write the losses. Raises as `Retrainer.learned` and its losses."""
+        """Train once, and write the losses.
+
+        Raises:
+            InputError: The model before training, or the corpus, is not what it was when the judge began.
+            Other errors as `Retrainer.learned` and its losses.
+        """
+        if fingerprint(self.judge, self.run, retrainer.examples, retrainer.start_files) != self.fingerprint:
+            uris = ", ".join(one.uri for one in retrainer.start_files)
+            raise InputError(
+                f"{uris or 'the corpus'} changed since these retrainings began: {self.uri()}",
+                "put the former files back, or give the command again to retrain with those that are there",
+            )
         model = retrainer.learned(lesson, self.judge.seed)
         loss_Q = retrainer.query_losses(model)
         loss_N = retrainer.example_losses(model) if isinstance(lesson, Whole) else np.empty(0)
@@ -97,15 +108,23 @@ class Retrainings:
         return table
 
 
-def fingerprint(judge: Judge, run: Run, examples: Examples) -> str:
+def fingerprint(judge: Judge, run: Run, examples: Examples, files: Sequence[FrozenFiles] | None = None) -> str:
     """Digest of everything that decides losses after retrainings, by contents; not of who is judged by them.
 
-    Raises InputError, StorageError: The model before training cannot be read.
+    Args:
+        judge: The spec.
+        run: Says what model, corpus and queries are.
+        examples: What is trained on.
+        files: Those of the model before training; null: as they are now.
+
+    Raises:
+        InputError, StorageError: They cannot be read.
     """
+    files = start_files(run, judge.training) if files is None else files
     start = known_start(run, judge.training)
     about = {
         "start": start and start.model_dump(mode="json"),
-        "weights": {name: model_digest(uri) for name, uri in model_uris("model", start).items()} if start else {},
+        "weights": {one.field: digest_of(one.files) for one in files},
         "task": untempered(run.spec.task).model_dump(mode="json"),
         "training": judge.training.model_dump(mode="json"),
         "examples": examples.digest,

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .artifacts import Run
+from .batches import own_copy
 from .choices import ModelSection, TaskSection, TorchModule
 from .corpus import Corpus
+from .digests import as_frozen, files_of_model
 from .errors import NumericsError, SpecError
 from .extensions import load_model, load_task, prepared
+from .frozen_files import FrozenFiles, loaded_as_frozen
 from .importing import user_code
 from .judge import Training
 from .lessons import Lesson, Step, Whole
@@ -58,6 +61,12 @@ def start_of(run: Run, training: Training) -> ModelSection:
         f"training.start: missing; the model of {run.uri()} does not say what it was before training",
         "name the model that training began with: start: {loader: ..., ...}",
     )
+
+
+def start_files(run: Run, training: Training) -> list[FrozenFiles]:
+    """Files of the model before training, as they are now; none if nothing says what it is. Raises InputError, StorageError."""
+    start = known_start(run, training)
+    return files_of_model("training.start", start) if start is not None else []
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,9 @@ class Retrainer:
 
     def __init__(self, run: Run, training: Training, device: str) -> None:
         self._run, self._training, self._device = run, training, device
-        self._task = load_task(untempered(run.spec.task))
+        with as_frozen(run):
+            self._task = load_task(untempered(run.spec.task))
+        self.start_files = start_files(run, training)
         self.examples = Examples.read(run, self._task)
         self._implementation = f"training {run.spec.model.implementation} anew"
 
@@ -171,7 +182,9 @@ class Retrainer:
     def _batch(self, model: nn.Module, row_M: np.ndarray) -> Batch:
         import torch
 
-        dtype = next(model.parameters()).dtype
+        from .numerics import dtype_of
+
+        dtype = dtype_of(model)
         batch = {}
         for name, array in self.examples.inputs.rows(row_M).items():
             tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
@@ -182,7 +195,7 @@ class Retrainer:
         """Trained in small batches from first weights on."""
         import torch
 
-        model = load_model(self._start, self._device, seed)
+        model = self._started(seed)
         generator = torch.Generator().manual_seed(seed)
         optimizer = self._optimizer(model)
         rows = torch.from_numpy(row_M)
@@ -210,11 +223,17 @@ class Retrainer:
     def _start(self) -> ModelSection:
         return start_of(self._run, self._training)
 
+    def _started(self, seed: int) -> nn.Module:
+        """The model before training."""
+        with loaded_as_frozen(self.start_files):
+            return load_model(self._start, self._device, seed)
+
     def _stepped(self, step: Step) -> nn.Module:
         """The run's own model after one plain gradient step."""
         import torch
 
-        model = load_model(self._run.spec.model, self._device, self._run.spec.seed)
+        with as_frozen(self._run):
+            model = load_model(self._run.spec.model, self._device, self._run.spec.seed)
         self._task.loss_B(model, self._batch(model, np.array([step.row]))).mean().backward()
         torch.optim.SGD(model.parameters(), lr=step.lr).step()
         return model
@@ -222,7 +241,7 @@ class Retrainer:
     @cached_property
     def _whole(self) -> nn.Module:
         """The minimum over the whole corpus, where searches for other minima begin."""
-        model = load_model(self._start, self._device, 0).double()
+        model = self._started(0).double()
         return self._converged(model, np.arange(len(self.examples.id_N)))
 
     def _converged(self, model: nn.Module, row_M: np.ndarray) -> nn.Module:
@@ -241,7 +260,7 @@ class Retrainer:
             for tensor in tensors:
                 tensor.grad = None
             total = sum(self._training.weight_decay / 2 * tensor.square().sum() for tensor in tensors)
-            total = total + self._task.loss_B(model, batch).mean()
+            total = total + self._task.loss_B(model, own_copy(batch)).mean()
             total.backward()
             return total
 

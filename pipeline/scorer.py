@@ -19,6 +19,7 @@ from .base_losses import BaseLosses, ShardLosses
 from .batches import Batch
 from .calibration import Calibration, calibrate
 from .corpus import Corpus, Examples
+from .digests import as_frozen
 from .errors import ArtifactError, InputError, StorageError, first_line
 from .extensions import load_model, load_task, prepared
 from .importing import user_code
@@ -61,7 +62,8 @@ class ShardScorer:
         self._directions = {query_id: meta["direction"] for query_id, meta in metas.items()}
         self._way = run.way
         self._writer = ShardWriter(run, {query_id: meta["tensors"]["sha256"] for query_id, meta in metas.items()})
-        self._task = load_task(run.spec.task)
+        with as_frozen(run):
+            self._task = load_task(run.spec.task)
         self._engine = self._loaded(device, sum(meta["tensors"]["bytes"] for meta in metas.values()))
         self._computing = threading.Lock()
         keeps = run.spec.score.base_losses is not None and self._way == "difference"  # other ways make them in passing
@@ -78,10 +80,13 @@ class ShardScorer:
         from .blocks import compiled
         from .changes import from_bytes
         from .engine import LossEngine
+        from .model_check import ModelCheck
         from .private_copies import CACHE, cache_folder, private_folder
 
         run, section = self._run, self._run.spec.resources.score
-        model = load_model(run.spec.model, device, run.spec.seed)
+        with as_frozen(run):
+            model = load_model(run.spec.model, device, run.spec.seed)
+        self._check = ModelCheck(model, self._task)
         there = torch.device(device)
         room_bytes = memory.room_bytes(there, section.cpus, section.gpus, section.counterparts_gib)
         on_host_bytes = room_bytes if there.type == "cpu" else memory.host_room_bytes(section.cpus)
@@ -157,8 +162,9 @@ class ShardScorer:
         return replace(examples, arrays={}, num_tokens_N=inputs.num_tokens_N), inputs
 
     def _batches(self, inputs: Inputs) -> Iterator[Batch]:
+        """As they go through the model, which is looked at before the first; to be called by the one thread that computes."""
         section = self._run.spec.score
-        return inputs.batches(section.batch_rows, section.batch_tokens)
+        return self._check.batches(inputs, section.batch_rows, section.batch_tokens)
 
     def _losses(self, work: Work, inputs: Inputs, base_S: np.ndarray | None) -> Losses:
         """Losses of items."""
@@ -218,8 +224,9 @@ class ShardScorer:
         """Where base losses of a shard's items are kept; null if they are not, or there are no items."""
         if self._base_losses is None or not inputs.items:
             return None
+        section = self._run.spec.score
         with self._about(work):
-            return self._base_losses.of(work.shard, self._batches(inputs))
+            return self._base_losses.of(work.shard, inputs.batches(section.batch_rows, section.batch_tokens))
 
     def _trusted(self, work: Work, inputs: Inputs, kept_S: np.ndarray | None) -> np.ndarray | None:
         """Base losses that are kept, if this worker would compute the same to the bit: seen once, on one batch.

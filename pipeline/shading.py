@@ -14,8 +14,10 @@ from urllib.parse import quote
 import numpy as np
 
 from .artifacts import Run
+from .batches import own_copy
 from .corpus import Corpus
 from .decode import decode
+from .digests import as_frozen
 from .errors import InputError, SpecError
 from .extensions import load_model, load_task, prepared
 from .importing import user_code
@@ -79,14 +81,15 @@ def _shaded(run: Run, query_id: str, rows: list[dict[str, Any]]) -> list[Shaded]
     from .changes import from_bytes
     from .engine import LossEngine
 
-    task: Any = load_task(run.spec.task)
-    if not hasattr(task, "token_losses_BT"):
-        raise SpecError(f"task {run.spec.task.implementation} has no tokens", "only texts can be shaded")
-    changed = from_bytes(run.counterpart_tensors(query_id))
-    engine = LossEngine(load_model(run.spec.model, "cpu", run.spec.seed), task, [changed])
+    with as_frozen(run):
+        task: Any = load_task(run.spec.task)
+        if not hasattr(task, "token_losses_BT"):
+            raise SpecError(f"task {run.spec.task.implementation} has no tokens", "only texts can be shaded")
+        model = load_model(run.spec.model, "cpu", run.spec.seed)
+    engine = LossEngine(model, task, [from_bytes(run.counterpart_tensors(query_id))])
     direction = run.counterpart_meta(query_id)["direction"]
     corpus = Corpus(run.spec.corpus)
-    with user_code(f"task {run.spec.task.implementation}"):
+    with as_frozen(run), user_code(f"task {run.spec.task.implementation}"):
         return [_one(engine, task, direction, _inputs(run, corpus, task, row)) for row in rows]
 
 
@@ -106,9 +109,9 @@ def _one(engine: Any, task: Any, direction: int, arrays: dict[str, np.ndarray]) 
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
     id_BT = task.token_ids_BT(batch)
     with torch.inference_mode():
-        base_BT = task.token_losses_BT(engine.model, batch)
+        base_BT = task.token_losses_BT(engine.model, own_copy(batch))
         with engine.counterpart(0) as counterpart:
-            changed_BT = task.token_losses_BT(counterpart, batch)
+            changed_BT = task.token_losses_BT(counterpart, own_copy(batch))
     counted_BT = id_BT >= 0
     score_BT = direction * (changed_BT.double() - base_BT.double())
     base_T, score_T = (values[counted_BT].double().numpy() for values in (base_BT, score_BT))

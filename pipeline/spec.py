@@ -183,6 +183,9 @@ class Resolved(Section):
     """Digest of all that decides the scores."""
     digests: dict[str, str]
     """sha256 of the contents of `weights` and `queries`, and of the names, sizes and rows (not the contents) of the `corpus`."""
+    files: dict[str, dict[str, str]] = {}
+    """sha256 of each file behind the digest of a model, a tokenizer or an adapter; of a single file, with an empty name. Whatever
+    loads one compares it."""
     tables: dict[str, str] = {}
     """sha256 of `manifest.parquet` and `queries.parquet`, as they were frozen."""
     commits: Literal["create", "put"] = "put"

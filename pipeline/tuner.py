@@ -9,21 +9,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+
 from .artifacts import Run
+from .batches import own_copy
+from .decode import decode
+from .digests import as_frozen
 from .errors import ContractError, NumericsError, PipelineError
-from .extensions import load_model, load_producer, load_task, sample_rows
+from .extensions import load_model, load_producer, load_task, prepared, sample_rows
 from .importing import user_code
 from .queries import query_inputs
 from .sample import draw_sample
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
     from .batches import Inputs
+    from .model_check import ModelCheck
     from .producers.base import Fitted, Produced, Producer, SampleProducer, Setting
     from .tasks.base import Batch, Task
 
+CHECKED_QUERY_ROWS = 8
+"""Rows of queries, at most, on which the model is looked at."""
 SHARE_OF_TOKENS = 4
 """A curvature holds all logits of a batch of texts, and more: its batches are smaller than those that are scored, by so much."""
 
@@ -43,14 +50,41 @@ class Tuner:
         import torch.distributed as dist
 
         self._run = run
-        self._task: Task = load_task(run.spec.task)
-        self._producer: Producer = load_producer(run.spec.producer)
         self._shared = run.spec.resources.tune.shard and dist.is_initialized()
-        self._base: nn.Module = load_model(run.spec.model, "cpu" if self._shared else device, run.spec.seed)
-        self._base_versions = _tensor_versions(self._base)
+        with as_frozen(run):
+            self._task: Task = load_task(run.spec.task)
+            self._producer: Producer = load_producer(run.spec.producer)
+            self._base: nn.Module = load_model(run.spec.model, "cpu" if self._shared else device, run.spec.seed)
         self._queries = query_inputs(run.queries, run.columns, self._task) if run.spec.queries else {}
         self._device = device
         self._sample_rows = sample_rows(self._producer)
+        self._check = self._checked()
+        self._base_versions = _tensor_versions(self._base)
+
+    def _checked(self) -> ModelCheck:
+        """The base model's check: now on rows of queries, before tuning takes an hour; later it says what to batch.
+
+        Rows of the corpus are left to stage score, where one that ends its worker is quarantined.
+
+        Raises:
+            ContractError: Losses are not those of single rows.
+        """
+        from .model_check import ModelCheck
+
+        section, check = self._run.spec.score, ModelCheck(self._base, self._task)
+        if not self._queries:
+            return check
+        few = self._run.queries.slice(0, CHECKED_QUERY_ROWS)
+        arrays, _, _ = decode(few, np.arange(len(few)), self._run.columns)
+        with user_code(f"model {self._run.spec.model.implementation}, on queries"):
+            check.require_independent(prepared(self._task, arrays), section.batch_rows, section.batch_tokens)
+            for query_id, inputs in self._queries.items():
+                if not check.may_pad(inputs, np.arange(inputs.items)):
+                    raise ContractError(
+                        f"query {query_id!r}: the model gives its shorter rows other losses beside the longer ones",
+                        "give it rows of one length, or a query_id to each",
+                    )
+        return check
 
     @property
     def is_together(self) -> bool:
@@ -92,7 +126,7 @@ class Tuner:
         started_s = time.monotonic()
         query = self._batch(query_id)
         seed = query_seed(self._run.spec.seed, query_id)
-        with self._about(query_id), torch.random.fork_rng():
+        with as_frozen(self._run), self._about(query_id), torch.random.fork_rng():  # a producer may load a model
             torch.manual_seed(seed)
             try:
                 produced = self._produce(query, seed)
@@ -113,7 +147,7 @@ class Tuner:
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         seed = query_seed(self._run.spec.seed, "")
         started_s = time.monotonic()
-        with self._about(f"{len(queries)} queries"), torch.random.fork_rng():
+        with as_frozen(self._run), self._about(f"{len(queries)} queries"), torch.random.fork_rng():
             torch.manual_seed(seed)
             setting = self._setting(seed)
             for query_id, produced in producer.produce_all(setting, queries, self._fitted(producer, setting)):
@@ -202,7 +236,7 @@ class Tuner:
         section = self._run.spec.score
         return [
             self._tensors({name: array[: len(batch.item_B)] for name, array in batch.arrays.items()})
-            for batch in inputs.batches(section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS)
+            for batch in self._check.batches(inputs, section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS)
         ]
 
     def _fitted(self, producer: SampleProducer, setting: Setting) -> Fitted:
@@ -245,7 +279,9 @@ class Tuner:
     def _tensors(self, arrays: Mapping[str, np.ndarray]) -> Batch:
         import torch
 
-        dtype = next((p.dtype for p in self._base.parameters() if p.is_floating_point()), torch.float32)
+        from .numerics import dtype_of
+
+        dtype = dtype_of(self._base)
         device = "cpu" if self._shared else self._device
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
@@ -257,7 +293,7 @@ class Tuner:
         if not query:
             return None
         with torch.no_grad():
-            return float(self._task.loss_B(model, query).double().mean())
+            return float(self._task.loss_B(model, own_copy(query)).double().mean())
 
 
 def query_seed(seed: int, query_id: str) -> int:

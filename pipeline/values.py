@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,8 @@ from .errors import InputError
 
 _MARK = {b"values": b"json"}
 """Metadata of a field whose values come from JSON: its type is that of the values at hand, no declared one."""
+EXACT = 1 << 53
+"""Integers up to it are floats without loss."""
 _SCALARS = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
 
 
@@ -27,8 +29,14 @@ def json_field(name: str, kind: pa.DataType) -> pa.Field:
 
 
 def json_column(values: Sequence[Any]) -> pa.Array:
-    """Values as `json.loads` gives them as one column: of their Arrow type where all have the same, else of JSON texts."""
+    """Values as `json.loads` gives them as one column: of their Arrow type where all have the same, else of JSON texts.
+
+    In a list of numbers that has a float, integers are floats too.
+    """
     kind = _one_type([value for value in values if value is not None])
+    if kind is None:
+        values = [_as_floats(value) if isinstance(value, list) else value for value in values]
+        kind = _one_type([value for value in values if value is not None])
     if kind is not None:
         try:
             return pa.array(values, kind)
@@ -54,6 +62,21 @@ def _one_type(values: Sequence[Any]) -> pa.DataType | None:
     return _SCALARS.get(kind)  # of a null in a list there is none
 
 
+def _as_floats(value: list[Any]) -> list[Any]:
+    """A (nested) list of integers and floats as floats: `[0, 0.5]` is what `[0.0, 0.5]` is. Any other list as it is."""
+    leaves: list[Any] = value
+    depth = 1
+    while set(map(type, leaves)) == {list}:
+        leaves, depth = list(chain.from_iterable(leaves)), depth + 1
+    if set(map(type, leaves)) != {int, float} or any(abs(leaf) > EXACT for leaf in leaves if type(leaf) is int):
+        return value
+    return _floats(value, depth)
+
+
+def _floats(value: list[Any], depth: int) -> list[Any]:
+    return list(map(float, value)) if depth == 1 else [_floats(inner, depth - 1) for inner in value]
+
+
 def _one_struct(values: Sequence[dict[str, Any]]) -> pa.DataType | None:
     names = list(values[0])
     if not names or any(list(value) != names for value in values):
@@ -72,11 +95,11 @@ def is_json(kind: pa.DataType) -> bool:
     return isinstance(kind, pa.JsonType)
 
 
-def python_values(array: pa.Array) -> list[Any]:
-    """A column as Python values, JSON texts parsed."""
+def python_values(array: pa.Array) -> Iterator[Any]:
+    """A column's values as Python has them, JSON texts parsed, one at a time: a shard of pictures is not held twice."""
     if not is_json(array.type):
-        return array.to_pylist()
-    return [None if text is None else json.loads(text) for text in array.storage.to_pylist()]
+        return (value.as_py() for value in array)
+    return (None if (text := value.as_py()) is None else json.loads(text) for value in array.storage)
 
 
 def text_problem(kind: pa.DataType) -> str:
@@ -174,7 +197,7 @@ def _settled(table: pa.Table, names: Sequence[str]) -> pa.Table:
     """A table with some of its columns as text, or as lists of numbers if that is all that they hold."""
     for name in names:
         if name in table.column_names:
-            values = python_values(table[name].combine_chunks())
+            values = list(python_values(table[name].combine_chunks()))
             array = _lists_of_numbers(values)
             if array is None:
                 texts = [v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in values]

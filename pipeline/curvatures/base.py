@@ -23,12 +23,13 @@ class Parameters:
 
     Args:
         model: The model; it is not changed.
-        names: Theirs, at least one; null for all.
+        names: Theirs, at least one, all of them real; null for all that are.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str] | None = None) -> None:
         named = tunable(model)
-        self.tensors: dict[str, Tensor] = {name: named[name] for name in (named if names is None else names)}
+        chosen = [name for name in named if not named[name].is_complex()] if names is None else names
+        self.tensors: dict[str, Tensor] = {name: named[name] for name in chosen}
         self._sizes = [parameter.numel() for parameter in self.tensors.values()]
 
     @property
@@ -56,7 +57,7 @@ class Parameters:
         parts = vector.split(self._sizes, dim=-1)
         shapes = (parameter.shape for parameter in self.tensors.values())
         return {
-            name: part.view(*vector.shape[:-1], *shape)
+            name: part.view((*vector.shape[:-1], *shape))  # a tuple: a number has no dimensions
             for name, part, shape in zip(self.tensors, parts, shapes, strict=True)
         }
 

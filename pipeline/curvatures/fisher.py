@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..batches import own_copy
 from ..observe import say
 from ..tasks.base import Batch, Task
 from .base import Sample
@@ -39,16 +40,24 @@ def with_drawn_labels(model: nn.Module, task: Task, sample: Sample, seed: int, d
     times = 1 if hasattr(task, "token_ids_BT") else DRAWS
     with torch.no_grad():
         drawn = [
-            draw(model, batch, torch.Generator(device).manual_seed(_own_seed(seed, time, number)))
+            _drawn(draw, model, batch, torch.Generator(device).manual_seed(_own_seed(seed, time, number)))
             for time in range(times)
             for number, batch in zip(sample.numbers, sample.batches, strict=True)
         ]
     return Sample(drawn, sample.rows * times, list(sample.numbers) * times)
 
 
+def _drawn(draw: _Draw, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    """The batch with what was drawn; columns that were handed on are the batch's own, whatever the model did to its copy."""
+    own = own_copy(batch)
+    return {
+        name: batch[name] if value is own.get(name) else value for name, value in draw(model, own, generator).items()
+    }
+
+
 def weighted_loss(model: nn.Module, task: Task, batch: Batch) -> Tensor:
     """Losses [B] whose gradients square to the curvature."""
-    loss_B = task.loss_B(model, batch)
+    loss_B = task.loss_B(model, own_copy(batch))
     return loss_B * _independent_terms(task, batch).to(loss_B).sqrt() if getattr(task, "per_token", False) else loss_B
 
 

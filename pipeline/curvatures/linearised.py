@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..batches import own_copy
 from ..errors import ContractError
 from ..tasks.base import Batch, Task
 from .base import Parameters
@@ -93,7 +94,7 @@ class Linearised:
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.tensors.items()}
             self._leaves = list(leaves.values())
             stand_in = StandIn(model, leaves)
-            task.loss_B(stand_in, batch)  # type: ignore[arg-type]
+            task.loss_B(stand_in, own_copy(batch))  # type: ignore[arg-type]
             self.outputs = stand_in.outputs
             if not self.outputs:
                 raise ContractError(
@@ -102,7 +103,7 @@ class Linearised:
                 )
             self._points = [output.detach().requires_grad_() for output in self.outputs]
             with stand_in.giving(self._points):
-                self.loss_B = task.loss_B(stand_in, batch)  # type: ignore[arg-type]
+                self.loss_B = task.loss_B(stand_in, own_copy(batch))  # type: ignore[arg-type]
             self._slopes = torch.autograd.grad(
                 self.loss_B.sum(), self._points, create_graph=True, allow_unused=True, materialize_grads=True
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -20,6 +21,15 @@ from ..local_disk import files_below, folders_below
 from ..records import Measured, Rows, Shard, SourceFile
 from ..storage_errors import is_store_error, mapped
 from .unread import refuse_lake, refuse_unreadable, way_out
+
+_RUN_FILES = (
+    "manifest.parquet",
+    "forecast.json",
+    "topk/meta.json",
+    "report/contact_sheet.png",
+    "scores/query_id=q/shard-0.parquet",
+)
+"""Some of what a run writes, of every depth."""
 
 
 class Format(Protocol):
@@ -94,7 +104,8 @@ class Listing:
         read = {path for file in picked for path in _paths(file)}
         left = [file.path for file in self.visible if file.path not in read]
         unknown = [path for path in left if not path.lower().endswith(tuple(readable))]
-        refuse_unreadable(unknown, f"{self.uri.rstrip('/')}/*{_suffix(next(iter(sorted(read)), ''))}")
+        suffix = max((end for end in readable if min(read).lower().endswith(end)), key=len)
+        refuse_unreadable(unknown, f"{self.uri.rstrip('/')}/**/*{suffix}")
         counts = Counter(_suffix(path) or "without a suffix" for path in left)
         parts = [f"{number:,} {what}" for what, number in sorted(counts.items(), key=lambda one: (-one[1], one[0]))]
         if hidden := len(self.files) - len(read) - len(left):
@@ -155,6 +166,21 @@ def corpus_root(uri: str) -> str:
     except InputError:
         return _above_wildcards(path) if _has_wildcard(path) else path.rsplit("/", 1)[0]
     return path if kind == "directory" else path.rsplit("/", 1)[0]
+
+
+def overlap(uri: str, folder_uri: str) -> bool:
+    """Whether what a file, folder or glob names lies in a folder, or would take in files of it. Raises StorageError."""
+    fs, path = storage.locate(storage.absolute(uri))
+    other_fs, folder = storage.locate(storage.absolute(folder_uri))
+    if type(fs) is not type(other_fs):
+        return False
+    if isinstance(fs, LocalFileSystem):
+        path, folder = os.path.realpath(path), os.path.realpath(folder)
+    path, folder = f"{path.rstrip('/')}/", f"{folder.rstrip('/')}/"
+    if path.startswith(folder) or folder.startswith(path):
+        return True
+    matches = re.compile(glob_translate(path.rstrip("/"))).match
+    return _has_wildcard(path) and any(matches(folder + name) for name in _RUN_FILES)
 
 
 def _found(fs: Any, path: str) -> tuple[dict[str, dict[str, Any]], str, bool]:

@@ -87,3 +87,11 @@ def require_fit(problems: Sequence[str], origin: str, model: str) -> None:
     """See that nothing stands between weights and a model. Raises ContractError, with the first of them."""
     if problems:
         raise ContractError(f"weights {origin} do not fit {model}:\n{_first_of(problems)}")
+
+
+def in_own_memory(model: nn.Module) -> nn.Module:
+    """The model, with no tensor in memory that is mapped from a file: what is written to the file must not change it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model

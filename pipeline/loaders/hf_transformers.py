@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ContractError, InputError, SpecError, first_line
 from ..importing import extra
 from ..model_folder import load_error, local_copy
-from .base import require_finite, require_fit
+from .base import in_own_memory, require_finite, require_fit
 
 
 class HfTransformers:
@@ -84,7 +84,7 @@ class HfTransformers:
         if self._adapter_uri is not None:
             model = merged(model, self._adapter_uri)
         require_finite(model, self._adapter_uri or self._uri)
-        return (model if spread else model.to(device)).eval()
+        return in_own_memory(model if spread else model.to(device)).eval()
 
 
 def _hint(place: str) -> str:

@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .. import storage
 from ..errors import ContractError, InputError, first_line
 from ..importing import construct, resolve
+from ..model_folder import read_file
+from ..numerics import cast
 from .base import load_weights, require_finite
 
 UNREADABLE = (
@@ -51,7 +52,7 @@ class TorchModule:
             )
         if self._weights_uri is not None:
             load_weights(model, read_weights(self._weights_uri), self._weights_uri)
-        model = model.to(device, getattr(torch, self._dtype)).eval()
+        model = cast(model, getattr(torch, self._dtype)).to(device).eval()
         require_finite(model, self._weights_uri or f"of {self._factory}")
         return model
 
@@ -62,7 +63,7 @@ def read_weights(uri: str) -> dict[str, Tensor]:
     Raises:
         InputError: The file is missing or damaged, holds pickled code, or is no state dict.
     """
-    data = storage.read_bytes(uri)
+    data = read_file(uri)
     try:
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(data)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ..batches import own_copy
 from ..changes import LowRank
 from ..curvatures.base import Parameters, Sample
 from ..errors import NumericsError
@@ -82,7 +83,7 @@ class Setting:
 
     def slope(self, parameters: Parameters, rows: Batch) -> Tensor:
         """Gradient [P] of the mean loss of some rows."""
-        return parameters.gradient(lambda: self.task.loss_B(self.base, rows).mean())
+        return parameters.gradient(lambda: self.task.loss_B(self.base, own_copy(rows)).mean())
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..blocks import Choice, choose
+from ..blocks import Choice, choose, tunable
 from ..curvatures import BUILTIN
 from ..curvatures.base import Curvature, Parameters
-from ..errors import NumericsError
+from ..errors import MAX_NAMES_SHOWN, ContractError, NumericsError
 from ..importing import construct
-from ..observe import say
+from ..observe import say, say_seldom
 from ..tasks.base import Batch
 from .base import Fitted, Produced, Setting
 from .damping import choose_damping, dot
@@ -127,7 +127,17 @@ class Natural:
 
     def _choice(self, setting: Setting) -> Choice:
         """What moves: the same for all queries and at all workers, as the probe is."""
-        return choose(setting.base, setting.task, setting.probe[0], self.parameters, self.last_blocks)
+        found = choose(setting.base, setting.task, setting.probe[0], self.parameters, self.last_blocks)
+        named = tunable(setting.base)
+        real = tuple(name for name in found.names if not named[name].is_complex())
+        if not real:
+            raise ContractError(
+                f"natural: all parameters that are chosen are complex: {', '.join(found.names[:MAX_NAMES_SHOWN])}",
+                "curvatures are of real parameters; unlearn and finetune move complex ones too",
+            )
+        if left := [name for name in found.names if name not in real]:
+            say_seldom("complex", f"warning: natural leaves complex parameters as they are: {', '.join(left)}")
+        return Choice(real, found.details)
 
     def _curvature(self) -> Curvature:
         iterative = self.curvature == "gauss_newton"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 def norm(tensor: Tensor) -> Tensor:
     """L2 norm in float64 of a tensor, of all its shares together."""
-    length = tensor.double().norm()
+    length = tensor.to(torch.promote_types(tensor.dtype, torch.float64)).norm()
     return length.full_tensor() if hasattr(length, "full_tensor") else length
 
 

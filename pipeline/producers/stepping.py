@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ..batches import own_copy
 from ..curvatures.base import Parameters
 from ..curvatures.linearised import Linearised
 from ..errors import NumericsError
@@ -109,12 +110,12 @@ class Stepper:
 
     def _losses(self, model: nn.Module) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self._task.loss_B(model, batch) for batch in self._probe])
+            return torch.cat([self._task.loss_B(model, own_copy(batch)) for batch in self._probe])
 
     def slope(self, change_P: Tensor, rows: Batch) -> Tensor:
         """Gradient [P] of the mean loss of some rows where a change has led."""
         model = self.taken(change_P)
-        return self._moved.gradient(lambda: self._task.loss_B(model, rows).mean())
+        return self._moved.gradient(lambda: self._task.loss_B(model, own_copy(rows)).mean())
 
     def taken(self, change_P: Tensor) -> nn.Module:
         """The base with its parameters changed: one model, which the next call changes again."""

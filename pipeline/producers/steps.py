@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..batches import own_copy
 from ..blocks import Choice, choose, tunable
 from ..errors import NumericsError
 from ..tasks.base import Batch, Task
@@ -141,4 +142,4 @@ def _to_unit_length(parameters: list[nn.Parameter]) -> None:
 
 def query_loss(model: nn.Module, task: Task, query: Batch) -> Tensor:
     """Mean loss of a query's rows, in nats: what the steps climb or descend."""
-    return task.loss_B(model, query).mean()
+    return task.loss_B(model, own_copy(query)).mean()

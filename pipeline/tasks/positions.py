@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model_folder import CONFIG_FILES, local_copy
+from ..model_folder import TOKENIZER_FILES, local_copy
 
 _TABLE = re.compile(r"(?:^|\.)(?:\w*position\w*|wpe)$")
 _ROTARY = ("rope_parameters", "rope_scaling", "rope_theta")
@@ -44,7 +44,7 @@ def table_sizes(config_uri: str, config: Mapping[str, Any]) -> tuple[int | None,
     """
     if "model_type" not in config or any(key in config for key in _ROTARY):
         return None, None
-    model = _without_weights(local_copy(config_uri, CONFIG_FILES))
+    model = _without_weights(local_copy(config_uri, TOKENIZER_FILES))
     found: dict[str, list[int]] = {"encoder": [], "decoder": []} if model is not None else {}
     for name, module in model.named_modules() if model is not None else ():
         if isinstance(module, nn.Embedding) and _TABLE.search(name) and "relative" not in name:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..batches import own_copy
 from ..errors import ContractError
 from ..forwards import replaced
 from ..layers import entries_of
@@ -176,7 +177,7 @@ def require_causal(model: nn.Module, inputs: Batch) -> None:
 
 
 def _few(inputs: Batch) -> Batch:
-    return {name: value[:1, :PROBED_TOKENS] for name, value in inputs.items()}
+    return own_copy({name: value[:1, :PROBED_TOKENS] for name, value in inputs.items()})
 
 
 def _tolerance(logits: Tensor) -> float:
@@ -197,7 +198,7 @@ def _probing(model: nn.Module) -> Iterator[None]:
 
 
 def _agrees(model: nn.Module, head: nn.Module, inputs: Batch) -> bool:
-    logits_TV = _logits(model, inputs)[0]
+    logits_TV = _logits(model, own_copy(inputs))[0]
     label_T = logits_TV.argmax(dim=-1)
     try:
         hidden_TD = _hidden(model, head, inputs)[0]

@@ -1,6 +1,5 @@
 """A run that grows: by queries, by files, by both, again and after a crash; it equals a run made of everything at once."""
 
-import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +133,7 @@ def test_only_what_is_new_is_scored(small, run_uri):
     assert {f"shard-{i:06d}-addition-1": ("blue",) for i in range(4)} | {
         f"shard-{i:06d}-addition-1": ("red", "green", "blue") for i in (4, 5)
     } == works
-    seal = json.loads(objects(run_uri)["_SUCCESS"])
+    seal = run.read_json("_SUCCESS")
     assert {"shards": 6, "rows": 17, "rejects": 2, "commits": 10} == {k: seal[k] for k in seal if k != "fingerprint"}
 
 
