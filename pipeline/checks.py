@@ -5,6 +5,7 @@ Reads: everything in the run's folder. Writes: nothing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from . import forecast, storage
-from .artifacts import Run, counterparts_digest
+from .artifacts import BETWEEN_LOOKS_S, Run, counterparts_digest
 from .calibration import Way
 from .ensemble import member_name, members_of, number_of_members
 from .errors import ArtifactError, ForeignError, InputError
@@ -109,6 +110,12 @@ class Look:
         with suppress(ArtifactError):  # a calibration that is damaged is found by check_calibration
             self._way = run.way
 
+    def refresh(self, prefix: str) -> None:
+        """List again what lies below a folder; `prefix` is its path and a slash."""
+        now = storage.objects(self.run.uri(prefix.rstrip("/")))
+        others = {path: each for path, each in self.stored.items() if not path.startswith(prefix)}
+        self.stored = {**others, **{f"{prefix}{path}": each for path, each in now.items()}}
+
     def commit(self, addition: int, shard_id: int) -> tuple[set[str], list[Finding], Receipt | None]:
         """Paths that a shard's commit names (its own too), what is wrong with them, and the commit if it can be used."""
         path = f"commits/{work_name(addition, shard_id)}.json"
@@ -201,14 +208,25 @@ def check_single(look: Look, found: Audit) -> set[str]:
 
 def check_ranking(look: Look, found: Audit) -> set[str]:
     """Paths of the ranking, if there is one."""
+    named, damage = _ranking(look)
+    if damage:  # perhaps one is being written: its tables are there, and its meta.json follows
+        time.sleep(BETWEEN_LOOKS_S)
+        look.refresh("topk/")
+        named, damage = _ranking(look)
+    found.damage += damage
+    return named
+
+
+def _ranking(look: Look) -> tuple[set[str], list[Finding]]:
     meta = "topk/meta.json"
     if meta not in look.stored:
-        return set()
-    ranking = _read_own(found, look.run.ranking, Finding(meta, "", commit=meta))
-    tables = {f"topk/{name}": sha256 for name, sha256 in (ranking["tables"] if ranking else {}).items()}
-    for path, sha256 in tables.items():
-        found.damage += [Finding(path, what, commit=meta) for what in look.wrong(path, sha256, None)]
-    return {meta, *tables}
+        return set(), []
+    try:
+        tables = {f"topk/{name}": sha256 for name, sha256 in look.run.ranking()["tables"].items()}
+    except (ArtifactError, InputError) as error:
+        return {meta}, [Finding(meta, error.message, commit=meta)]
+    damage = [Finding(path, what, meta) for path, sha256 in tables.items() for what in look.wrong(path, sha256, None)]
+    return {meta, *tables}, damage
 
 
 def _read_own(found: Audit, read: Callable[[], _Read], otherwise: Finding) -> _Read | None:

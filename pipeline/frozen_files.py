@@ -16,7 +16,6 @@ from . import storage
 from .errors import InputError
 
 _HINT = "put the former file back, or start a new run in another folder: losses under two models make no scores"
-_NO_FILE = "no such file"
 _Key = tuple[str, tuple[str, ...]]
 
 
@@ -39,11 +38,13 @@ class FrozenFiles:
     def require(self, found: Mapping[str, str]) -> None:
         """See that files have the digests that they had. Raises InputError, with the first that has not."""
         for name in sorted({*self.files, *found}):
-            got, expected = found.get(name, _NO_FILE), self.files.get(name, _NO_FILE)
-            if got != expected:
+            if found.get(name) != self.files.get(name):
+                got, expected = (
+                    f"sha256 {each[name]}" if name in each else "no such file" for each in (found, self.files)
+                )
                 place = f"{self.uri}/{name}" if name else self.uri
                 raise InputError(
-                    f"{self.field}: {place} is not what the run was frozen with: got sha256 {got}, expected {expected}",
+                    f"{self.field}: {place} is not what the run was frozen with: got {got}, expected {expected}",
                     _HINT,
                 )
 

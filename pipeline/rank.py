@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from . import noise, topk
+from . import noise, storage, topk
 from .artifacts import Run
 from .corpus import Corpus, payload_names
+from .errors import ArtifactError, InputError
 from .folder import parallel, partition
 from .observe import say
 from .records import RANKED, SOURCES, as_stored
@@ -25,6 +27,8 @@ from .selection import select
 from .values import concat_rows
 from .works import Receipt
 
+TRIES = 8
+"""Of writing a ranking, while others write theirs."""
 SHARDS_AT_ONCE = 256
 ROWS_AT_ONCE = 1 << 20
 """Shards whose partials are merged at a time, and rows of them: memory is this much, whatever the number of shards."""
@@ -36,7 +40,7 @@ def rank(run: Run) -> pa.Table:
     """Rank a fully scored run; the ranked table, as RANKED with payload columns behind.
 
     Raises:
-        ArtifactError: Shards are missing, or an artifact is not what was committed.
+        ArtifactError: Shards are missing, an artifact is not what was committed, or others write rankings all the time.
         InputError: Too many rows were rejected, or the corpus changed, so that payload cannot be fetched.
     """
     section = run.spec.rank
@@ -52,9 +56,6 @@ def rank(run: Run) -> pa.Table:
         say(f"rank.k is {section.k:,} but {scored:,} examples were scored: all of them are listed")
     payload = payload_names(run.spec.corpus, run.columns)
     ranked = as_stored(_with_payload(run, topk.with_rank(merging.top()), payload), run.per_token)
-    tables = {"ranked.parquet": ranked, "sources.parquet": merging.sources}
-    written = {name: run.write_table(table, "topk", name)["sha256"] for name, table in tables.items()}
-    written |= select(run)
     meta = {
         "k": section.k,
         "transform": topk.transform_name(section.transform, section.eps),
@@ -63,10 +64,34 @@ def rank(run: Run) -> pa.Table:
         "rejects": rejects,
         "noise": floor.judged(ranked, scored),
         "fingerprint": run.resolved.fingerprint,
-        "tables": written,
     }
-    run.write_json(meta, "topk", "meta.json")
+    _write(run, meta, {"ranked.parquet": ranked, "sources.parquet": merging.sources})
     return ranked
+
+
+def _write(run: Run, meta: dict[str, Any], tables: dict[str, pa.Table]) -> None:
+    """Write a ranking, meta.json last. Raises ArtifactError if other rankings write over it again and again."""
+    for _ in range(TRIES):
+        selected = select(run)  # the longest part first: what is read while it is written is not whole for moments only
+        written = {name: run.write_table(table, "topk", name)["sha256"] for name, table in tables.items()} | selected
+        run.write_json({**meta, "tables": written}, "topk", "meta.json")
+        if _is_last_or_whole(run, written):
+            return
+    raise ArtifactError(f"{run.uri('topk')} is being written by another command", "rank again when that is done")
+
+
+def _is_last_or_whole(run: Run, written: dict[str, str]) -> bool:
+    """Whether another ranking came after this one, or what lies there is this one whole.
+
+    Another with its own k may write its tables over ours before our meta.json, or ours may be over its tables. Each looks after
+    its meta.json, so the one whose meta.json is the last sees what is not its own, and writes again.
+    """
+    try:
+        if run.ranking()["tables"] != written:
+            return True
+        return all(storage.file_digest(run.uri("topk", name)) == sha256 for name, sha256 in written.items())
+    except InputError:  # taken away, as the stale parts of a selection are
+        return False
 
 
 def _some_at_once(run: Run, receipts: Iterable[Receipt]) -> Iterator[list[Receipt]]:
