@@ -61,8 +61,13 @@ def read_weights(uri: str) -> dict[str, Tensor]:
     """A state dict from safetensors, or from a file of `torch.save` that holds tensors only.
 
     Raises:
-        InputError: The file is missing or damaged, holds pickled code, or is no state dict.
+        InputError: The file is missing or damaged, holds pickled code, or is no state dict, or an index of others.
     """
+    if uri.endswith(".index.json"):
+        raise InputError(
+            f"weights {uri} are an index of several files",
+            "save them as one file; of a model in Hugging Face format give its folder to loader: hf_transformers",
+        )
     data = read_file(uri)
     try:
         if uri.endswith(".safetensors"):

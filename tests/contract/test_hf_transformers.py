@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 import safetensors.torch
 import torch
@@ -302,3 +303,29 @@ def test_a_folder_on_a_store_is_copied_once(s3, tmp_path, monkeypatch):
     upload(tmp_path / "other" / "model.safetensors", f"{uri}/model.safetensors")
     assert torch.equal(logits(gpt(seed=1)), logits(load(uri)))
     assert 2 == len(list((tmp_path / "cache").iterdir()))
+
+
+@pytest.fixture
+def in_memory(tmp_path, monkeypatch):
+    """URI of a model's folder on a store that is in memory; copies go to a folder of this test."""
+    monkeypatch.setenv("MIRRORSCOPE_CACHE", str(tmp_path / "cache"))
+    fs = fsspec.filesystem("memory")
+    fs.put(f"{saved(gpt(), tmp_path / 'model')}/", "/gpt/", recursive=True)
+    yield "memory://gpt"
+    fs.rm("/gpt", recursive=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_copy_that_was_changed_is_never_loaded(in_memory, tmp_path, name):
+    """One bit of the weights, another config, another tokenizer: it is replaced, and the model is the folder's."""
+    load(in_memory)
+    (path,) = (tmp_path / "cache").glob(f"*/files/{name}")
+    if name == "config.json":
+        path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1.0'))
+    else:
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 64
+        path.write_bytes(data)
+    changed = path.read_bytes()
+    assert torch.equal(logits(gpt()), logits(load(in_memory)))
+    assert changed != path.read_bytes()

@@ -170,6 +170,15 @@ def test_a_file_that_is_no_state_dict_is_refused(section, content, got, tmp_path
     assert "state_dict()" in caught.value.hint
 
 
+@every_loader
+def test_an_index_of_several_files_is_refused_with_the_way_out(section, tmp_path):
+    """The weights are not in it."""
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(InputError, match="an index of several files") as caught:
+        load(section(weights_uri=f"{tmp_path}/model.safetensors.index.json"))
+    assert "hf_transformers" in caught.value.hint
+
+
 DAMAGE = {"empty": lambda data: b"", "junk": lambda data: b"junk", "half": lambda data: data[: len(data) // 2]}
 
 
