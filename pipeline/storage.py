@@ -7,7 +7,6 @@ fsspec's, which knows ETags and conditional PUTs. A request that may pass is rep
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import random
 import threading
@@ -16,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +24,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
 
+from . import object_info
 from .errors import InputError, StorageError, UnavailableError
 from .local_disk import files_below, write_local
-from .observe import has_credentials, say_seldom
-from .storage_errors import is_taken, mapped
+from .observe import say_seldom
+from .storage_errors import is_taken, mapped, require_no_credentials
 
 CHUNK_BYTES = 1 << 22
 TRIES = 8
@@ -40,8 +39,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 20.0
 """A store that is silent for so long is asked again."""
 _S3 = ("s3", "s3a")
-_TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
-"""What fsspec's file systems call the time of the last change."""
 _Result = TypeVar("_Result")
 
 _LOCAL = pafs.LocalFileSystem()
@@ -70,7 +67,7 @@ def locate(uri: str) -> tuple[Any, str]:
         StorageError: No file system is known for the URI's scheme, or it cannot be set up; or the URI carries credentials,
             which would end in the run's folder and in logs.
     """
-    _require_no_credentials(uri)
+    require_no_credentials(uri)
     options: dict[str, Any] = {}
     if _scheme(uri) in _S3:  # nothing remembered between two looks; no repeating below ours
         timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": ANSWER_TIMEOUT_S}
@@ -86,16 +83,10 @@ def locate(uri: str) -> tuple[Any, str]:
     return fs, str(path)
 
 
-def _require_no_credentials(uri: str) -> None:
-    """Refuse a URI that lets anybody in who reads it. Raises StorageError, which does not repeat them."""
-    if has_credentials(uri):
-        raise StorageError(f"{uri}: a URI with credentials in it", "put them into the environment")
-
-
 def data_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow file system that reads a URI, and the path in it. Raises StorageError."""
     if _scheme(uri) in _S3:
-        _require_no_credentials(uri)
+        require_no_credentials(uri)
         path = uri.split("://", 1)[1].rstrip("/")  # not by `locate`: it takes as long as a request to a near store
         with mapped(uri):
             return _s3(path.split("/", 1)[0]), path
@@ -278,15 +269,10 @@ def objects(uri: str) -> dict[str, Stored]:
         return {}
     start = len(path.rstrip("/")) + 1
     return {
-        name[start:]: Stored(int(info["size"]), _modified_s(info))
+        name[start:]: Stored(int(info["size"]), object_info.modified_s(info))
         for name, info in found.items()
         if info["type"] == "file" and name[start:]
     }
-
-
-def _modified_s(info: dict[str, Any]) -> float:
-    value = next((info[name] for name in _TIMES if info.get(name)), math.inf)  # unknown: young, so that gc spares it
-    return value.timestamp() if isinstance(value, datetime) else float(value)
 
 
 def modified_s(uri: str) -> float:
@@ -295,7 +281,7 @@ def modified_s(uri: str) -> float:
     Raises InputError, StorageError.
     """
     fs, path = locate(uri)
-    return _modified_s(retried(uri, lambda: fs.info(path)))
+    return object_info.modified_s(retried(uri, lambda: fs.info(path)))
 
 
 def now_s(folder_uri: str) -> float:
@@ -323,16 +309,11 @@ def remove_folder(uri: str) -> None:
         retried(uri, lambda: fs.rm(path, recursive=True))
 
 
-def version(info: dict[str, Any]) -> str:
-    """What fsspec's `info` says of an object's state: its ETag, or its modification time."""
-    return str(next((info[name] for name in ("ETag", "etag", *_TIMES) if info.get(name)), ""))
-
-
 def stat(uri: str) -> tuple[int, str]:
     """Size in bytes and version of one object. Raises InputError, StorageError."""
     fs, path = locate(uri)
     info = retried(uri, lambda: fs.info(path))
-    return int(info["size"] or 0), version(info)
+    return int(info["size"] or 0), object_info.version(info)
 
 
 def file_digest(uri: str) -> str:

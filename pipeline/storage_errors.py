@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import InputError, PipelineError, StorageError, UnavailableError
+from .observe import has_credentials
 
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -21,6 +22,12 @@ _PASSING_STATUS = re.compile(r"5\d\d|429|408")
 _AWS_REFUSALS = ("DENIED", "INVALID", "SIGNATURE", "MISSING", "VALIDATION", "MALFORMED", "OPT_IN", "UNRECOGNIZED")
 _ENVIRONMENT = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL in the environment, of workers too"
 _DENIED = "check the path's permissions or the credentials in the environment, of workers too"
+
+
+def require_no_credentials(uri: str) -> None:
+    """Refuse a URI that lets anybody in who reads it. Raises StorageError, which does not repeat them."""
+    if has_credentials(uri):
+        raise StorageError(f"{uri}: a URI with credentials in it", "put them into the environment")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from .. import storage
+from .. import object_info, storage
 from ..errors import InputError, PipelineError
 from ..local_disk import files_below, folders_below
 from ..records import Measured, Rows, Shard, SourceFile
@@ -146,7 +146,7 @@ def list_files(uri: str) -> Listing:
         SourceFile(
             path=name if local else fs.unstrip_protocol(name),
             size_bytes=int(info["size"]),
-            version=storage.version(info),
+            version=object_info.version(info),
         )
         for name, info in sorted(found.items())
         if info["type"] == "file"
