@@ -97,7 +97,9 @@ class World:
         """A finished run, its way of scoring chosen by a calibration, with a forecast."""
         run = gathered(freeze(spec))
         for each in members_of(run) or (run,):
-            assert [] == Tuner(each, "cpu").tune_all(each.query_ids)
+            tuner = Tuner(each, "cpu")
+            for query_id in each.query_ids:  # one at a time, as one that is repaired: the solver's last bits depend on it
+                tuner.tune(query_id)
         if not members_of(run):
             run.commit_calibration({**ShardScorer(run, "cpu").calibrate().to_json(), "way": "gradient"})
         run = work_off(run)
