@@ -5,6 +5,7 @@ Reads: everything in the run's folder. Writes: nothing.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +28,8 @@ from .storage import Stored
 from .works import Receipt, Work, work_name
 
 _Read = TypeVar("_Read")
+_PAGES = re.compile(r"report/(index\.html|tokens-[^/]+\.html|contact_sheet\.png)")
+"""What a run writes there; the rest is the judge's, or somebody's own."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def check_single(look: Look, found: Audit) -> set[str]:
     run, named = look.run, {"calibration.json", forecast.NAME}
     _read_own(found, run.calibration, Finding("calibration.json", "", commit="calibration.json"))
     _read_own(found, lambda: forecast.kept(run), Finding(forecast.NAME, "", stray=True))
-    for path in (path for path in look.stored if path.startswith("report/") and path.endswith((".html", ".png"))):
+    for path in filter(_PAGES.fullmatch, look.stored):
         named.add(path)
         with suppress(InputError):  # gone since it was listed
             data = storage.read_bytes(run.uri(path))

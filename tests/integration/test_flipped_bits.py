@@ -98,7 +98,9 @@ class World:
         run = gathered(freeze(spec))
         for each in members_of(run) or (run,):
             tuner = Tuner(each, "cpu")
-            for query_id in each.query_ids:  # one at a time, as one that is repaired: the solver's last bits depend on it
+            for (
+                query_id
+            ) in each.query_ids:  # one at a time, as one that is repaired: the solver's last bits depend on it
                 tuner.tune(query_id)
         if not members_of(run):
             run.commit_calibration({**ShardScorer(run, "cpu").calibrate().to_json(), "way": "gradient"})
