@@ -104,6 +104,18 @@ class Scaled(nn.Module):
         return self.logit_scale.exp() * cosines
 
 
+class InPlaceBlock(nn.Module):
+    """Adds a parameter of its own to what it is given, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.layer = nn.Parameter(torch.randn(FEATURES)), nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.place
+        return self.layer(F.gelu(x))
+
+
 class Noisy(Plain):
     """Adds noise whatever its mode."""
 
@@ -174,7 +186,7 @@ class Shrinking(Plain):
         return super().forward(x)
 
 
-SCORED = (Plain, InPlace, InPlaceData, Counting, Remembering, ComplexBuffer, ComplexParameter, Scaled)
+SCORED = (Plain, InPlace, InPlaceData, Counting, Remembering, ComplexBuffer, ComplexParameter, Scaled, InPlaceBlock)
 """Kinds of which each row has a loss of its own."""
 REFUSED = {
     Noisy: "gives the same rows other losses from pass to pass(.|\n)*draws random numbers in eval mode",
