@@ -100,7 +100,7 @@ def _connect(address: str | None, over: threading.Event) -> None:
 def _hint(address: str | None, error: Exception) -> str:
     from ray.exceptions import AuthenticationError
 
-    if isinstance(error, AuthenticationError):
+    if isinstance(error, AuthenticationError) or isinstance(error.__cause__, AuthenticationError):
         return "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token or its file"
     return "check resources.address or RAY_ADDRESS" if address else "is the machine very busy? Give the command again"
 
