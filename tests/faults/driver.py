@@ -20,6 +20,8 @@ REPOSITORY = Path(__file__).parents[2]
 MARK = "MIRRORSCOPE_TEST"
 """Variable that all processes of a driver inherit, wherever they are in the process tree when it is dead."""
 POLL_S = 0.02
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Environment of a driver that connects to a cluster on 127.0.0.1, which Ray else looks for at the machine's outer address."""
 
 
 class Driver:

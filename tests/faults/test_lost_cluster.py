@@ -11,14 +11,12 @@ import pytest
 from pipeline import embedded
 from pipeline.frozen import open_run
 from tests.conftest import tuned
-from tests.faults.driver import Driver
+from tests.faults.driver import ON_LOOPBACK, Driver
 from tests.faults.waiting import begun, let_go, waiting_producer, waiting_task
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 ENDS_WITHIN_S = 20.0
-GIVES_UP = {"RAY_gcs_rpc_server_reconnect_timeout_s": "9"}
-"""Ray's patience with a GCS that is away, shortened from a minute: ours is two thirds of it."""
 SAYS = {"gcs_server": "Ray's control service (GCS) at", "raylet": "the raylet of this node at"}
 
 
@@ -67,8 +65,8 @@ def test_a_cluster_that_is_lost_ends_the_command(
     tree = spec.model_dump(mode="json")
     with ExitStack() as open_:
         made = open_.enter_context(cluster(monkeypatch)) if whose == "connected" else None
-        address = {"RAY_ADDRESS": made.address} if made else {}
-        with Driver(tmp_path, tree, **GIVES_UP, **address) as driver:
+        address = {"RAY_ADDRESS": made.address, **ON_LOOPBACK} if made else {}
+        with Driver(tmp_path, tree, **address) as driver:
             driver.until(lambda: begun(tmp_path, stage))
             killed_s = kill(made, driver, name)
             code, seconds = driver.wait(2 * ENDS_WITHIN_S), time.time() - killed_s
