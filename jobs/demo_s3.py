@@ -2,7 +2,8 @@
 
 `python -m jobs.demo_s3 FOLDER` takes what `python -m jobs.digits FOLDER` wrote. It starts an S3 server and a Ray cluster of its
 own, submits `python -m jobs.attribute` over the Jobs API, follows its log, queries the scores with DuckDB and with Polars, and
-stops what it started, also when it is interrupted. Keys are in the environment of the cluster's processes and nowhere else.
+stops what it started, also when it is interrupted. Keys, and the token without which the cluster answers nobody, are in the
+environment of its processes and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline import embedded
 
 from .seaweed import BUCKET, Server, free_ports, held, release, upload
 
@@ -56,7 +59,7 @@ def store() -> Iterator[Server]:
 
 @contextmanager
 def cluster(environment: Mapping[str, str]) -> Iterator[JobSubmissionClient]:
-    """A one-node Ray cluster for the time of the block, as `ray start --head` makes it: its Jobs API.
+    """A one-node Ray cluster with a token, as `ray start --head` makes it, for the time of the block: its Jobs API.
 
     Args:
         environment: Of its processes, jobs included.
@@ -69,28 +72,29 @@ def cluster(environment: Mapping[str, str]) -> Iterator[JobSubmissionClient]:
         "num-cpus": (os.cpu_count() or 1) + 1, "object-store-memory": STORE_BYTES,
         "min-worker-port": 0, "max-worker-port": 0,  # any that is free
     }  # fmt: skip
-    process = held(
-        [str(bin_folder / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
-        + [f"--{name}={value}" for name, value in flags.items()],
-        {
-            **environment,
-            "PATH": f"{bin_folder}{os.pathsep}{environment['PATH']}",  # where a job's `python` is looked for
-            "RAY_AUTH_MODE": "disabled",
-            "TMPDIR": str(folder),
-        },
-        folder / "start.log",
-        signal.SIGTERM,
-    )
-    try:
-        yield _client(f"http://127.0.0.1:{ports['dashboard-port']}", folder / "start.log")
-    finally:
-        release(process)
-        shutil.rmtree(folder, ignore_errors=True)
+    with embedded.token_environment():  # with a token of its own, which this process has too
+        process = held(
+            [str(bin_folder / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
+            + [f"--{name}={value}" for name, value in flags.items()],
+            {
+                **environment,
+                **{name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")},
+                "PATH": f"{bin_folder}{os.pathsep}{environment['PATH']}",  # where a job's `python` is looked for
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then listens on the loopback interface alone
+                "TMPDIR": str(folder),
+            },
+            folder / "start.log",
+            signal.SIGTERM,
+        )
+        try:
+            yield _client(f"http://127.0.0.1:{ports['dashboard-port']}", folder / "start.log")
+        finally:
+            release(process)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _client(address: str, log: Path) -> JobSubmissionClient:
     """The Jobs API, as soon as it answers."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
     from ray.job_submission import JobSubmissionClient
 

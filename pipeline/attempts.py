@@ -11,6 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .observe import duration, say
+
+LOOK_S = 2.0
+STALL_FACTOR, SHORTEST_STALL_S = 10.0, 1800.0
+"""Longer than a shard waits for a store that is away, with all repetitions."""
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -154,3 +160,59 @@ class Worker:
             yield number
         finally:  # not reached by a death, which is what is counted
             self._attempts.end.remote(self._actor_id, self._where, name)
+
+
+class Stalls:
+    """Ends actors that sit on a shard for too long, so that Ray gives it to another: counted as a death of the shard's.
+
+    Args:
+        after_s: What is too long; null for STALL_FACTOR times the slowest shard so far, at least SHORTEST_STALL_S.
+        attempts: The counter.
+    """
+
+    def __init__(self, after_s: float | None, attempts: Any) -> None:
+        self._after_s, self._attempts = after_s, attempts
+        self._slowest_s = 0.0
+        self._ended: set[str] = set()
+
+    def took(self, seconds: float) -> None:
+        """A shard was done in so many seconds."""
+        self._slowest_s = max(self._slowest_s, seconds)
+
+    def _told(self, answer: Any) -> list[Attempt]:
+        """What the counter says, or nothing if it does not answer in time."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            return list(ray.get(answer, timeout=LOOK_S))
+        except RayError:
+            return []
+
+    def longest(self) -> str:
+        """The shard that is worked on for longest, for people."""
+        running = self._told(self._attempts.running.remote())
+        return f"; {_described(running[0])}" if running else ""
+
+    def look(self) -> None:
+        """End what stalls."""
+        import ray
+
+        limit_s = self._after_s
+        if limit_s is None and self._slowest_s:
+            limit_s = max(SHORTEST_STALL_S, STALL_FACTOR * self._slowest_s)
+        if limit_s is None or not ray.is_initialized():
+            return
+        running = self._told(self._attempts.running.remote())  # longest first
+        for attempt in running:
+            if attempt.lasting_s > limit_s and attempt.worker not in self._ended:
+                self._ended.add(attempt.worker)  # a process; the actor's next one is another
+                suspects = "; ".join(_described(each) for each in running if each.worker == attempt.worker)
+                say(f"warning: {suspects}; the worker is ended, what it was on is tried again")
+                ray.kill(attempt.actor, no_restart=False)
+
+
+def _described(attempt: Attempt) -> str:
+    at = time.strftime("%H:%M:%S", time.localtime(attempt.begun_at_s))
+    lasting = duration(attempt.lasting_s)
+    return f"{attempt.name} is worked on by {attempt.worker} since {at} ({lasting}, attempt {attempt.number})"

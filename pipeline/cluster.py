@@ -34,17 +34,15 @@ def connected(resources: ResourcesSection) -> Iterator[None]:
         ClusterError: The cluster cannot be reached.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the controller's poll, 2 s by default
-    os.environ.setdefault(
-        "RAY_ENABLE_AUTO_CONNECT", "0"
-    )  # else what is left of an interrupted stage starts another Ray
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else the rest of an interrupted stage starts another Ray
     if is_connected():
         yield
         return
     address = resources.address or os.environ.get("RAY_ADDRESS")
     with nullcontext() if address else embedded.closed_environment():
         over = threading.Event()
-        _connect(address, over)
         try:
+            _connect(address, over)
             yield
         except (ClusterLostError, SystemExit):
             raise  # Ray waits in vain for what is gone; and what ends this process ends Ray too
@@ -86,12 +84,11 @@ def _connect(address: str | None, over: threading.Event) -> None:
     except Exception as error:  # Ray raises bare ones, too: of a node that does not start in time
         raise ClusterError(f"Ray at {address or 'this machine'}: {error}", _hint(address, error)) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, signal.getsignal(signal.SIGTERM)
-        )  # Ray's core has one in front, which prints a stack
+        # again, as Ray's native code has put one in front that prints a stack
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if address and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         say(
-            f"warning: Ray at {address} asks for no token: whoever reaches its ports runs code as its user; "
+            f"warning: Ray at {address} has no token: everybody who reaches its ports runs code as its user; "
             "start it with RAY_AUTH_MODE=token"
         )
     quieten()
@@ -100,7 +97,7 @@ def _connect(address: str | None, over: threading.Event) -> None:
 def _hint(address: str | None, error: Exception) -> str:
     from ray.exceptions import AuthenticationError
 
-    if isinstance(error, AuthenticationError):
+    if isinstance(error, AuthenticationError) or isinstance(error.__cause__, AuthenticationError):
         return "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token or its file"
     return "check resources.address or RAY_ADDRESS" if address else "is the machine very busy? Give the command again"
 

@@ -23,25 +23,36 @@ QUIET_ENVIRONMENT = {
 
 @contextmanager
 def closed_environment() -> Iterator[None]:
-    """The environment in which Ray starts on 127.0.0.1 and serves nobody without the token; as it was before, afterwards.
+    """The environment in which Ray starts on 127.0.0.1 and serves nobody without the token; as it was before, afterwards."""
+    with token_environment():
+        from ray._private import ray_constants
+
+        clusters = ray_constants.ENABLE_RAY_CLUSTER
+        ray_constants.ENABLE_RAY_CLUSTER = (
+            False  # Ray's own switch, for macOS, to listen on the loopback interface alone
+        )
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = clusters
+
+
+@contextmanager
+def token_environment() -> Iterator[None]:
+    """The environment in which Ray asks for a token and has one; as it was before, afterwards.
 
     The token is RAY_AUTH_TOKEN where that is set, else a random one that only this process and its children have: it is in
-    their environment, which other users cannot read, and in no file. RAY_AUTH_MODE=disabled is overruled: whoever reaches an
-    open Ray runs code as its user.
+    their environment, which other users cannot read, and in no file. RAY_AUTH_MODE=disabled is overruled: everybody who
+    reaches an open Ray runs code as its user.
     """
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(TOKEN_BYTES)
     wanted = {**QUIET_ENVIRONMENT, **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     before = {name: os.environ.get(name) for name, value in wanted.items() if os.environ.get(name) != value}
     os.environ.update(wanted)
-    from ray._private import ray_constants
-
-    clusters = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's own switch, for macOS, to listen on the loopback interface alone
     _read_environment()
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

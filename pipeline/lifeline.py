@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import TypeVar
 
@@ -22,25 +22,33 @@ _Value = TypeVar("_Value")
 
 
 class Lifeline:
-    """Sees whether the two processes of Ray are there without which a driver cannot go on: the GCS and its node's raylet.
+    """Sees whether processes are there without which a driver cannot go on. Asks their ports, not Ray, whose calls wait for them.
 
-    Asks their ports, not Ray, whose calls wait for them.
+    Args:
+        watched: Of each its name, host, port, and for how many seconds it may not answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watched: Sequence[tuple[str, str, int, float]]) -> None:
+        self._watched = watched
+        self._heard_s = [time.monotonic()] * len(watched)
+
+    @classmethod
+    def of_driver(cls) -> Lifeline:
+        """The cluster's GCS, and the raylet of the node on which this driver is."""
         import ray
 
         context = ray.get_runtime_context()
         node = next(each for each in ray.nodes() if each["NodeID"] == context.get_node_id())
-        control = _place(context.gcs_address)
+        host, port = _place(context.gcs_address)
         # of a cluster it may be started again, elsewhere too; that of an embedded Ray is not
         gives_up_s = float(os.environ.get(GIVES_UP, RAY_GIVES_UP_S))
-        patience_s = SILENT_S if control[0].startswith("127.") else gives_up_s * 2 / 3
-        self._watched = [
-            ("Ray's control service (GCS)", control, patience_s),
-            ("the raylet of this node", (node["NodeManagerAddress"], node["NodeManagerPort"]), SILENT_S),
-        ]
-        self._heard_s = [time.monotonic()] * len(self._watched)
+        patience_s = SILENT_S if host.startswith("127.") else gives_up_s * 2 / 3
+        return cls(
+            [
+                ("Ray's control service (GCS)", host, port, patience_s),
+                ("the raylet of this node", node["NodeManagerAddress"], node["NodeManagerPort"], SILENT_S),
+            ]
+        )
 
     def lost(self, patient: bool = True) -> str:
         """Which of them is gone, or nothing.
@@ -48,11 +56,11 @@ class Lifeline:
         Args:
             patient: False if something failed already, so that one refusal is enough.
         """
-        for i, (name, place, patience_s) in enumerate(self._watched):
-            if _answers(place):
+        for i, (name, host, port, patience_s) in enumerate(self._watched):
+            if _answers(host, port):
                 self._heard_s[i] = time.monotonic()
             elif not patient or time.monotonic() - self._heard_s[i] >= patience_s:
-                return f"{name} at {place[0]}:{place[1]} does not answer any more"
+                return f"{name} at {host}:{port} does not answer any more"
         return ""
 
 
@@ -61,9 +69,9 @@ def _place(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _answers(place: tuple[str, int]) -> bool:
+def _answers(host: str, port: int) -> bool:
     try:
-        socket.create_connection(place, timeout=CONNECT_S).close()
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
     except OSError:
         return False
     return True
@@ -82,7 +90,7 @@ def call(stage: str, action: Callable[[], _Value]) -> _Value:
     lifeline: list[Lifeline] = []
 
     def work() -> _Value:
-        lifeline.append(Lifeline())
+        lifeline.append(Lifeline.of_driver())
         return action()
 
     done = in_thread(work, f"stage {stage}")

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from .artifacts import Run, counterparts_digest
-from .attempts import Attempt, Worker, start_attempts
+from .attempts import LOOK_S, Stalls, Worker, start_attempts
 from .calibration import MANY, Calibration
 from .cluster import Watchdog, actors_of, on_cluster
 from .ensemble import Ensemble
 from .errors import PipelineError, QuarantineError, UnavailableError
 from .frozen import open_run
 from .mean import MeanScorer
-from .observe import Progress, duration, every, say, say_seldom, unsent
+from .observe import Progress, every, say, say_seldom, unsent
 from .scorer import ShardScorer
 from .works import Receipt, Work, work_name
 
@@ -37,9 +37,6 @@ SHARDS_PER_WAVE = 100_000
 BLOCKS_PER_WAVE, BLOCKS_PER_ACTOR = 4096, 32
 """What Ray Data schedules is a block, of one shard where that makes no more blocks than this, else of several: a block costs
 the driver 3 ms and 2-5 KB. An actor's death repeats its blocks, the last ones leave actors idle: hence 32 per actor."""
-LOOK_S = 2.0
-STALL_FACTOR, SHORTEST_STALL_S = 10.0, 1800.0
-"""Longer than a shard waits for a store that is away, with all repetitions."""
 _Key = tuple[int, int]
 
 
@@ -153,7 +150,7 @@ def _tally(run: Run) -> _Tally:
 
 def _score(run: Run, pending: Sequence[_Key], tally: _Tally) -> None:
     attempts = start_attempts()
-    stalls = _Stalls(run.spec.resources.score.stalled_after_s, attempts)
+    stalls = Stalls(run.spec.resources.score.stalled_after_s, attempts)
     watchdog = Watchdog("score", detail=stalls.longest)
     progress = Progress(
         "mean" if isinstance(run, Ensemble) else "score", run.number_of_works, "shards", done=len(tally.done)
@@ -296,59 +293,3 @@ def _scorer(run: Run, query_ids: tuple[str, ...] | None) -> ShardScorer | MeanSc
     resources = run.spec.resources.score
     torch.set_num_threads(max(1, int(resources.cpus)))
     return ShardScorer(run, "cuda" if resources.gpus else "cpu", query_ids)
-
-
-class _Stalls:
-    """Ends actors that sit on a shard for too long, so that Ray gives it to another: counted as a death of the shard's.
-
-    Args:
-        after_s: What is too long; null for STALL_FACTOR times the slowest shard so far, at least SHORTEST_STALL_S.
-        attempts: The counter.
-    """
-
-    def __init__(self, after_s: float | None, attempts: Any) -> None:
-        self._after_s, self._attempts = after_s, attempts
-        self._slowest_s = 0.0
-        self._ended: set[str] = set()
-
-    def took(self, seconds: float) -> None:
-        """A shard was done in so many seconds."""
-        self._slowest_s = max(self._slowest_s, seconds)
-
-    def _told(self, answer: Any) -> list[Attempt]:
-        """What the counter says, or nothing if it does not answer in time."""
-        import ray
-        from ray.exceptions import RayError
-
-        try:
-            return list(ray.get(answer, timeout=LOOK_S))
-        except RayError:
-            return []
-
-    def longest(self) -> str:
-        """The shard that is worked on for longest, for people."""
-        running = self._told(self._attempts.running.remote())
-        return f"; {_described(running[0])}" if running else ""
-
-    def look(self) -> None:
-        """End what stalls."""
-        import ray
-
-        limit_s = self._after_s
-        if limit_s is None and self._slowest_s:
-            limit_s = max(SHORTEST_STALL_S, STALL_FACTOR * self._slowest_s)
-        if limit_s is None or not ray.is_initialized():
-            return
-        running = self._told(self._attempts.running.remote())  # longest first
-        for attempt in running:
-            if attempt.lasting_s > limit_s and attempt.worker not in self._ended:
-                self._ended.add(attempt.worker)  # a process; the actor's next one is another
-                suspects = "; ".join(_described(each) for each in running if each.worker == attempt.worker)
-                say(f"warning: {suspects}; the worker is ended, what it was on is tried again")
-                ray.kill(attempt.actor, no_restart=False)
-
-
-def _described(attempt: Attempt) -> str:
-    at = time.strftime("%H:%M:%S", time.localtime(attempt.begun_at_s))
-    lasting = duration(attempt.lasting_s)
-    return f"{attempt.name} is worked on by {attempt.worker} since {at} ({lasting}, attempt {attempt.number})"

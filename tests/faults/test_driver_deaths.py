@@ -17,7 +17,7 @@ from tests.seaweed import forget
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-STOPS_WITHIN_S = 20.0
+STOPS_WITHIN_S = 10.0
 ENDS = [
     ("SIGKILL of the driver in stage freeze", signal.SIGKILL, "/run/run.yaml", 0),
     ("SIGKILL of the driver in stage tune", signal.SIGKILL, "/meta.json", 1),

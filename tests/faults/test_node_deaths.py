@@ -9,7 +9,7 @@ import pytest
 from pipeline import storage
 from pipeline.frozen import open_run
 from pipeline.specfile import parse_spec
-from tests.faults.driver import Driver
+from tests.faults.driver import ON_LOOPBACK, Driver
 from tests.faults.mortal import came, mortal_producer, mortal_task
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -57,7 +57,7 @@ def test_nodes_that_go_away_while_they_tune_and_score_are_replaced(cluster, worl
     ]
     tree = parse_spec(world.tree(tmp_path / "run"), overrides).model_dump(mode="json")
     removed_s = []
-    with Driver(tmp_path, tree) as driver:
+    with Driver(tmp_path, tree, **ON_LOOPBACK) as driver:
         for log in (queries, shards):
             (_, _, node), *_ = driver.until(lambda log=log: came(log))
             removed_s.append(time.time())
