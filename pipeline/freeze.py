@@ -91,7 +91,7 @@ def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
 
     A run that has committed nothing yet makes way for another spec, so that a mended one can have its folder.
     """
-    _require_apart(
+    require_apart(
         spec.run.uri, {"corpus.uri": spec.corpus.uri, "queries.uri": spec.queries.uri if spec.queries else None}
     )
     run, run_uri = None, storage.absolute(spec.run.uri)
@@ -139,7 +139,7 @@ def _survey(spec: Spec) -> Run:
     return Run(resolved, Manifest.of(shards), tuple(columns), queries, (first,))
 
 
-def _require_apart(run_uri: str, inputs: Mapping[str, str | None]) -> None:
+def require_apart(run_uri: str, inputs: Mapping[str, str | None]) -> None:
     """See that no input takes in the run's own files, or lies among them. Raises SpecError."""
     for field, uri in inputs.items():
         if uri is not None and overlap(uri, run_uri):
@@ -278,7 +278,7 @@ def extend(run_uri: str, queries_uri: str | None, corpus_uri: str | None) -> Run
         ArtifactError: The run is not finished, or a file of it changed.
         InputError: The new queries or files are malformed, or bring ids that the run has already.
     """
-    _require_apart(run_uri, {"corpus": corpus_uri, "queries": queries_uri})
+    require_apart(run_uri, {"corpus": corpus_uri, "queries": queries_uri})
     run, damage = _open_to_extend(run_uri)
     queries, queries_digest = _new_queries(run, queries_uri) if queries_uri else (None, None)
     shards = _new_shards(run, corpus_uri) if corpus_uri else Manifest.of([])

@@ -49,17 +49,19 @@ class CorpusSection(Section):
     """The training examples."""
 
     uri: Uri
-    """A file, a folder (searched to the bottom) or a glob."""
+    """A file, a folder (searched to the bottom) or a glob. A path that exists is that path, whatever characters are in it."""
     format: Literal["auto", "parquet", "jsonl", "csv", "image_folder"] = "auto"
-    """`auto` goes by the files' suffixes. An image folder has one sub-folder of images per class."""
+    """`auto` goes by the files' suffixes; JSON lines and CSV may be compressed (.gz, .bz2, .zst). An image folder has one
+    sub-folder of images per class."""
     example_id: str | None = None
-    """Column of unique ids. Null: made from the file's path below `uri` and the row in it."""
+    """Column of unique ids. Bytes are the text that they spell in UTF-8, else hexadecimal digits, as bytes of fixed size always
+    are. Null: made from the file's path below `uri` and the row in it."""
     source: str | None = None
-    """Column that groups examples, for the per-source tables."""
+    """Column that groups examples, for the per-source tables; or the key of folders called `key=value`."""
     payload: list[str] | None = None
     """Columns to carry into the ranked table. Null: those the task reads. They are fetched for ranked rows only."""
     classes: list[str] | None = None
-    """Image folders: the sub-folders, in label order. Null: sorted by name."""
+    """Image folders: the sub-folders, in label order. Null: all of them sorted by name, empty ones too, as torchvision has it."""
     check_ids: bool = True
     """Whether to read the id column once, before any work, to see that no id comes twice."""
 

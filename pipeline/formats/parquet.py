@@ -95,8 +95,14 @@ class Parquet:
             metadata = ds.ParquetFileFormat().make_fragment(path, fs, file_size=file.size_bytes).metadata
             schema = metadata.schema.to_arrow_schema()
             groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        repeated = tuple(name for name, times in Counter(schema.names).items() if times > 1)
-        columns = dict(zip(schema.names, schema.types, strict=True))
+            repeated = tuple(name for name, times in Counter(schema.names).items() if times > 1)
+            columns = dict(zip(schema.names, schema.types, strict=True))
+            if (
+                min(groups, default=0) < 0 or sum(groups) != metadata.num_rows
+            ):  # a damaged footer: rows would be left out
+                raise InputError(
+                    f"{file.path}: its row groups hold {sum(groups):,} rows, expected {metadata.num_rows:,}"
+                )
         return Measured(file, metadata.num_rows, columns, groups=groups, repeated=repeated)
 
     def read(self, shard: Shard, columns: Sequence[str]) -> Rows:

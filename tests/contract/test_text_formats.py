@@ -124,7 +124,7 @@ def known(tables, wanted):
 
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(values, min_size=1, max_size=6))
 def test_a_value_of_json_is_the_same_alone_as_among_others(wanted, rows):
     """Its array, its reject with what was got, its text and its payload, for every kind of column."""
@@ -133,7 +133,7 @@ def test_a_value_of_json_is_the_same_alone_as_among_others(wanted, rows):
 
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.sampled_from(["", *SPELLED]) | numbers.map(str), min_size=1, max_size=6))
 def test_a_value_of_csv_is_the_same_alone_as_among_others(wanted, rows):
     """Its array, its reject with what was got, its text and its payload, for every kind of column."""
