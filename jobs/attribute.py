@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
-from .cli import guarded, run
+from .cli import main, run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command(help=run.__doc__)(run)
 
 if __name__ == "__main__":
-    sys.exit(guarded(app))
+    main(app)

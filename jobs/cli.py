@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
-import signal
 import sys
 import traceback
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -21,6 +19,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+ENDED_AT_ONCE = (8, 130, 143)
+"""Exit codes after which nothing is waited for: Ray is gone, or there is no time."""
 SpecArgument = Annotated[
     str, typer.Argument(metavar="SPEC", help="YAML file; jobs/specs/ has a commented one per use.")
 ]
@@ -282,44 +282,41 @@ def fields(
     display.show_fields(section)
 
 
-class _Stopped(BaseException):
-    """SIGTERM, as a node's end or `ray job stop` send it, or Ctrl-C. Typer answers a KeyboardInterrupt itself, without a word."""
-
-
-def _stop(number: int, _: object) -> None:
-    raise _Stopped(number)
-
-
 def guarded(action: typer.Typer) -> int:
-    """Run a command line; the exit code says what kind of error it was (pipeline/errors.py)."""
+    """Run a command line; the exit code says what kind of error it was (pipeline/errors.py), 130 and 143 that it was stopped."""
     sys.path.insert(0, os.getcwd())  # your own tasks, producers and factories are named relative to where you stand
     from pipeline.errors import PipelineError
-    from pipeline.observe import for_terminal, without_credentials
+    from pipeline.observe import for_terminal
 
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        action(standalone_mode=True)
-    except PipelineError as error:
-        sys.stderr.write(for_terminal(f"error: {error}") + "\n")
-        return error.exit_code
-    except _Stopped as stopped:
-        words = shlex.join(map(without_credentials, sys.orig_argv))
-        again = f"stopped; what is committed stays, and the same command goes on from there:\n  {words}"
-        sys.stderr.write(for_terminal(again) + "\n")
-        return 128 + int(stopped.args[0])
-    except Exception:  # noqa: BLE001  the last line of defence: a bug of ours, shown whole
-        sys.stderr.write(for_terminal(traceback.format_exc()) + "\n")
-        sys.stderr.write("this is a bug in mirrorscope, not in your spec; the lines above say where\n")
-        return 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    from .stopping import Stopping, stopped_text
+
+    with Stopping() as stopping:
+        try:
+            action(standalone_mode=True)
+        except BaseException as error:  # of a signal native and foreign code make all kinds
+            if stopping.number is not None:
+                sys.stderr.write(stopped_text())
+                return 128 + stopping.number
+            if isinstance(error, PipelineError):
+                sys.stderr.write(for_terminal(f"error: {error}") + "\n")
+                return error.exit_code
+            if not isinstance(error, Exception):
+                raise
+            # the last line of defence: a bug of ours, shown whole
+            sys.stderr.write(for_terminal(traceback.format_exc()) + "\n")
+            sys.stderr.write("this is a bug in mirrorscope, not in your spec; the lines above say where\n")
+            return 1
     return 0
 
 
-def main() -> None:
-    """Entry point of the command."""
-    sys.exit(guarded(app))
+def main(action: typer.Typer = app) -> NoReturn:
+    """Entry point of the command, and of the jobs with a command line of their own: ends the process."""
+    code = guarded(action)
+    if code in ENDED_AT_ONCE:
+        from .stopping import end_process
+
+        end_process(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
-from .cli import evaluate, guarded
+from .cli import evaluate, main
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command(help=evaluate.__doc__)(evaluate)
 
 if __name__ == "__main__":
-    sys.exit(guarded(app))
+    main(app)

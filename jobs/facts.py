@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import typer
 from pipeline.errors import InputError
 from pipeline.observe import say
 
-from .cli import guarded
+from . import cli
 
 if TYPE_CHECKING:
     import torch
@@ -238,4 +237,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(app))
+    cli.main(app)

@@ -5,13 +5,13 @@ Each stage reads what the one before committed, and skips what it has committed 
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from .cli import SetOption, SpecArgument, guarded
+from . import cli
+from .cli import SetOption, SpecArgument
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -38,4 +38,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(app))
+    cli.main(app)

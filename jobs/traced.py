@@ -6,7 +6,6 @@ fact are marked.
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,8 @@ from rich.table import Table
 from pipeline.frozen import open_run
 from pipeline.report import of
 
-from .cli import RunArgument, guarded
+from . import cli
+from .cli import RunArgument
 from .display import console, show_place
 
 SENTENCES, ANSWER_TOKENS = 5, 8
@@ -79,4 +79,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(app))
+    cli.main(app)

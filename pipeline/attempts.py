@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -19,14 +19,16 @@ class Attempt:
     Args:
         name: Of the work.
         worker: Where, for people.
-        since_s: Unix time when it was begun.
+        begun_at_s: Unix time when it was begun, for people.
+        lasting_s: For how many seconds it has lasted, by the counter's clock, which no setting of the time moves.
         number: How often it has been begun, this time included.
         actor: Handle of the Ray actor.
     """
 
     name: str
     worker: str
-    since_s: float
+    begun_at_s: float
+    lasting_s: float
     number: int
     actor: Any
 
@@ -36,7 +38,8 @@ class Attempts:
 
     def __init__(self) -> None:
         self._begun: dict[str, int] = {}
-        self._running: dict[str, dict[str, Attempt]] = {}
+        self._running: dict[str, dict[str, tuple[float, Attempt]]] = {}
+        """Of each actor the shards that it works on, with the monotonic time when they were begun."""
 
     def hello(self, actor_id: str) -> None:
         """An actor has started, perhaps again: whatever it worked on before died with it."""
@@ -48,21 +51,24 @@ class Attempts:
         if before and not alone:
             return 0
         self._begun[name] = before + 1
-        self._running.setdefault(actor_id, {})[name] = Attempt(name, worker, time.time(), before + 1, actor)
+        attempt = Attempt(name, worker, time.time(), 0.0, before + 1, actor)
+        self._running.setdefault(actor_id, {})[name] = (time.monotonic(), attempt)
         return before + 1
 
     def end(self, actor_id: str, worker: str, name: str) -> None:
         """A shard is done, or failed with an error that will come home. Of an actor that has started again since, no news."""
-        attempt = self._running.get(actor_id, {}).get(name)
+        _, attempt = self._running.get(actor_id, {}).get(name, (0.0, None))
         if attempt is not None and attempt.worker == worker:
             del self._running[actor_id][name]
             self._begun.pop(name, None)
 
     def running(self) -> list[Attempt]:
         """What is worked on, longest first."""
-        return sorted(
-            (each for shards in self._running.values() for each in shards.values()), key=lambda one: one.since_s
+        now_s = time.monotonic()
+        begun = sorted(
+            (pair for shards in self._running.values() for pair in shards.values()), key=lambda pair: pair[0]
         )
+        return [replace(attempt, lasting_s=now_s - begun_s) for begun_s, attempt in begun]
 
 
 def start_attempts() -> Any:

@@ -5,6 +5,7 @@ Reads: everything in the run's folder. Writes: nothing.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,12 +22,14 @@ from .calibration import Way
 from .ensemble import member_name, members_of, number_of_members
 from .errors import ArtifactError, ForeignError, InputError
 from .folder import PAGE_COMMENT, digest_line_problem, partition
-from .frozen import REEXTEND, REFREEZE, addition_path, addition_tables, read_addition, read_spec
+from .frozen import REEXTEND, REFREEZE, addition_path, addition_tables, read_addition, read_spec_bytes
 from .picture import png_problem
 from .storage import Stored
 from .works import Receipt, Work, work_name
 
 _Read = TypeVar("_Read")
+_PAGES = re.compile(r"report/(index\.html|tokens-[^/]+\.html|contact_sheet\.png)")
+"""What a run writes there; the rest is the judge's, or somebody's own."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,11 @@ class Look:
             yield f"got {there.size_bytes:,} bytes, expected {size_bytes:,}"
         elif self._deep and sha256 is not None:
             self.read_bytes += there.size_bytes
-            if (got := storage.file_digest(self.run.uri(path))) != sha256:
+            try:
+                got = storage.file_digest(self.run.uri(path))
+            except InputError:  # gone since it was listed
+                got = "of nothing"
+            if got != sha256:
                 yield f"got sha256 {got}, expected {sha256}"
             elif rows is not None and (got_rows := self._rows(path)) != rows:
                 yield f"got {got_rows} rows, expected {rows:,}"
@@ -180,7 +187,7 @@ def _wrong_counts(receipt: Receipt, work: Work) -> Iterator[str]:
 def check_frozen(look: Look, found: Audit) -> set[str]:
     """Paths of what is frozen: compared again, however long ago the run was opened."""
     run, named = look.run, {"run.yaml"}
-    _read_own(found, lambda: read_spec(run.uri()), Finding("run.yaml", "", hint=REFREEZE))
+    _read_own(found, lambda: read_spec_bytes(run.uri()), Finding("run.yaml", "", hint=REFREEZE))
     tables = [(path, sha256, REFREEZE) for path, sha256 in run.resolved.tables.items()]
     for addition in run.additions[1:]:
         described = partial(read_addition, run, addition.number)
@@ -198,11 +205,12 @@ def check_single(look: Look, found: Audit) -> set[str]:
     run, named = look.run, {"calibration.json", forecast.NAME}
     _read_own(found, run.calibration, Finding("calibration.json", "", commit="calibration.json"))
     _read_own(found, lambda: forecast.kept(run), Finding(forecast.NAME, "", stray=True))
-    for path in (path for path in look.stored if path.startswith("report/") and path.endswith((".html", ".png"))):
+    for path in filter(_PAGES.fullmatch, look.stored):
         named.add(path)
-        data = storage.read_bytes(run.uri(path))
-        if problem := png_problem(data) if path.endswith(".png") else digest_line_problem(data, PAGE_COMMENT):
-            found.damage.append(Finding(path, problem, stray=True))
+        with suppress(InputError):  # gone since it was listed
+            data = storage.read_bytes(run.uri(path))
+            if problem := png_problem(data) if path.endswith(".png") else digest_line_problem(data, PAGE_COMMENT):
+                found.damage.append(Finding(path, problem, stray=True))
     return named
 
 

@@ -10,25 +10,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
-from .errors import ClusterError, PipelineError, first_line
+from . import embedded
+from .errors import ClusterError, ClusterLostError, PipelineError, first_line
+from .lifeline import call, in_thread
 from .observe import duration, every, say
 from .spec import ResourcesSection, ScoreResources
 
 SILENCE_S = 300.0
 """Without progress for so long, the watchdog says what the cluster has free."""
-EMBEDDED_STORE_BYTES = 256 << 20
-"""Object store of an embedded Ray: only receipts pass through it."""
-EMBEDDED_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ core talks between the progress lines
-    "RAY_prestart_worker_first_driver": "0",  # workers without the runtime environment below, which none of ours is
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether this machine is about to be taken away
-}
-"""Of an embedded Ray, where nothing else is set. The two last save two and a half CPU seconds of a run."""
 EXECUTOR_ENDS_WITHIN_S = 10.0
 _QUIET = ("ray", "ray.data", "ray.train", "ray.tune")
+_Value = TypeVar("_Value")
 
 
 @contextmanager
@@ -38,34 +33,82 @@ def connected(resources: ResourcesSection) -> Iterator[None]:
     Raises:
         ClusterError: The cluster cannot be reached.
     """
-    import ray
-
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the controller's poll, 2 s by default
-    if ray.is_initialized():
+    os.environ.setdefault(
+        "RAY_ENABLE_AUTO_CONNECT", "0"
+    )  # else what is left of an interrupted stage starts another Ray
+    if is_connected():
         yield
         return
     address = resources.address or os.environ.get("RAY_ADDRESS")
-    terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        if address:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_environment())
+    with nullcontext() if address else embedded.closed_environment():
+        over = threading.Event()
+        _connect(address, over)
+        try:
+            yield
+        except (ClusterLostError, SystemExit):
+            raise  # Ray waits in vain for what is gone; and what ends this process ends Ray too
+        except BaseException as error:
+            _end_executors(error)
+            _shut_down()
+            raise
         else:
-            _start_embedded()
-    except Exception as error:  # Ray raises bare ones, too: of a node that does not start in time
-        hint = (
-            "check resources.address or RAY_ADDRESS" if address else "is the machine very busy? Give the command again"
-        )
-        raise ClusterError(f"Ray at {address or 'this machine'}: {error}", hint) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)  # Ray puts its own in place, which exits without a word
-    _quieten()
+            _shut_down()
+        finally:
+            over.set()
+
+
+def is_connected() -> bool:
+    """Whether this process has a Ray, without importing it."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def _connect(address: str | None, over: threading.Event) -> None:
+    """Connect to the cluster, or start an embedded one, whose processes end when it is over.
+
+    In a thread, as in the main one Ray takes SIGTERM over. The kernel kills processes of an embedded Ray when the thread ends
+    that started them.
+    """
+
+    def connect() -> None:
+        import ray
+
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        if address:
+            ray.init(
+                address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=runtime_environment()
+            )
+        else:
+            embedded.start(runtime_env=runtime_environment())
+
     try:
-        yield
-    except BaseException as error:
-        _end_executors(error)
-        raise
-    finally:
-        ray.shutdown()
+        in_thread(connect, "connect", over).result()
+    except Exception as error:  # Ray raises bare ones, too: of a node that does not start in time
+        raise ClusterError(f"Ray at {address or 'this machine'}: {error}", _hint(address, error)) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, signal.getsignal(signal.SIGTERM)
+        )  # Ray's core has one in front, which prints a stack
+    if address and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        say(
+            f"warning: Ray at {address} asks for no token: whoever reaches its ports runs code as its user; "
+            "start it with RAY_AUTH_MODE=token"
+        )
+    quieten()
+
+
+def _hint(address: str | None, error: Exception) -> str:
+    from ray.exceptions import AuthenticationError
+
+    if isinstance(error, AuthenticationError):
+        return "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token or its file"
+    return "check resources.address or RAY_ADDRESS" if address else "is the machine very busy? Give the command again"
+
+
+def _shut_down() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 def _end_executors(error: BaseException) -> None:
@@ -79,37 +122,7 @@ def _end_executors(error: BaseException) -> None:
             thread.join(EXECUTOR_ENDS_WITHIN_S)
 
 
-def _start_embedded() -> None:
-    import ray
-
-    for name, value in EMBEDDED_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    with _silent_stderr():  # and it says that it was asked to be quiet
-        ray.init(
-            address="local",
-            num_cpus=(os.cpu_count() or 1) + 1,  # one more than there are, for Ray's own tasks beside the workers
-            include_dashboard=False,
-            object_store_memory=EMBEDDED_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env=_environment(),
-        )
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drop what native code writes to standard error in the block; exceptions still tell what went wrong."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
-
-
-def _environment() -> dict[str, dict[str, str]]:
+def runtime_environment() -> dict[str, dict[str, str]]:
     """Workers import what the driver can import: its working directory and PYTHONPATH.
 
     Inside a submitted job this is the job's own runtime environment's business: its working_dir lies elsewhere on each node.
@@ -121,7 +134,8 @@ def _environment() -> dict[str, dict[str, str]]:
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(here)}}
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Let Ray's libraries report errors only."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -171,20 +185,22 @@ def actors_of(resources: ScoreResources, works: int) -> int:
     return actors
 
 
-@contextmanager
-def errors_of(stage: str) -> Iterator[None]:
-    """Bring what workers raise home: our own errors as they were, Ray's as ClusterError.
+def on_cluster(stage: str, action: Callable[[], _Value]) -> _Value:
+    """Do something with Ray and wait for it, so that signals and the cluster's end are answered at once; what it returns.
+
+    Workers' errors come home: our own as they were, Ray's as ClusterError.
 
     Raises:
         PipelineError: Of a worker.
         ClusterError: A worker died too often, or Ray failed.
+        ClusterLostError: The cluster is gone.
     """
     from ray.data.exceptions import SystemException, UserCodeException
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
     try:
-        yield
+        return call(stage, action)
     except (RayError, TrainingFailedError, UserCodeException, SystemException) as error:
         raise as_pipeline_error(error, stage) from error
 

@@ -188,10 +188,14 @@ def _tapped(
     What a module returns once for all rows, as an embedding of positions does, is repeated, so that each row has a gradient of
     its own. Products [B, Q] of each call go to `found`, with the rows that they are of unless they are of all.
     """
+    before: dict[nn.Module, Any] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        before[module] = tree_map_only(Tensor, lambda each: each.detach().clone(), (args, keywords))
 
     def hook_of(rule: Rule) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-            args, keywords = tree_map_only(Tensor, Tensor.detach, (args, keywords))
+            args, keywords = before.pop(module, None) or tree_map_only(Tensor, Tensor.detach, (args, keywords))
             leaves, spec = tree_flatten(output)
             row_M = entry_rows()
 
@@ -212,6 +216,7 @@ def _tapped(
         return hook
 
     handles = [rule.module.register_forward_hook(hook_of(rule), with_kwargs=True) for rule in rules]
+    handles += [rule.module.register_forward_pre_hook(keep, with_kwargs=True) for rule in rules if rule.reruns]
     try:
         yield
     finally:

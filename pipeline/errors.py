@@ -10,6 +10,7 @@
     ├── StorageError            exit 7   the store refused
     │   └── UnavailableError    exit 7   it did not answer, or asked to slow down, to the last try
     ├── ClusterError            exit 8   Ray cannot give what was asked for, or a worker died too often
+    │   └── ClusterLostError    exit 8   Ray's own processes are gone
     └── QuarantineError         exit 9   shards are quarantined; all others are scored
 
 A message says what failed, where, got against expected; the hint says what to do. Errors cross process borders: they
@@ -100,6 +101,10 @@ class ClusterError(PipelineError):
     """Ray cannot give the resources asked for, or workers died too often."""
 
     exit_code = 8
+
+
+class ClusterLostError(ClusterError):
+    """Ray's own processes are gone: what this process still asks of Ray is never answered."""
 
 
 class QuarantineError(PipelineError):

@@ -102,20 +102,25 @@ def _spec_bytes(run: Run) -> bytes:
     return with_digest_line(dump_spec(run.spec), SPEC_COMMENT)
 
 
-def read_spec(run_uri: str) -> Spec:
+def _read_spec(run_uri: str) -> Spec:
     """The spec that a run was frozen with. Raises ArtifactError: run.yaml is damaged, or was edited."""
+    try:
+        spec = parse_spec(yaml.safe_load(read_spec_bytes(run_uri)), origin=f"{run_uri}/run.yaml")
+    except (yaml.YAMLError, SpecError) as error:  # every bit is as it was written
+        raise ArtifactError(f"{run_uri}/run.yaml was written by another version of mirrorscope: {error}") from error
+    # The folder may have been moved: what it says of its own place does not count.
+    return spec.model_copy(update={"run": spec.run.model_copy(update={"uri": run_uri})})
+
+
+def read_spec_bytes(run_uri: str) -> bytes:
+    """A run's run.yaml, compared with its digest. Raises ArtifactError: it is damaged, or was edited."""
     origin = f"{run_uri}/run.yaml"
     data = storage.read_bytes(origin)
     if b"\nresolved:" not in data:
         raise ArtifactError(f"{origin} has no `resolved` section: it was not written by a run, or was cut", REFREEZE)
     if problem := digest_line_problem(data, SPEC_COMMENT):
         raise ArtifactError(f"{origin} {problem}", REFREEZE)
-    try:
-        spec = parse_spec(yaml.safe_load(data), origin=origin)
-    except (yaml.YAMLError, SpecError) as error:  # every bit is as it was written
-        raise ArtifactError(f"{origin} was written by another version of mirrorscope: {error}") from error
-    # The folder may have been moved: what it says of its own place does not count.
-    return spec.model_copy(update={"run": spec.run.model_copy(update={"uri": run_uri})})
+    return data
 
 
 def create_addition(run: Run, addition: Addition, shards: Manifest, queries: pa.Table | None) -> None:
@@ -187,7 +192,7 @@ def open_alone(run_uri: str, before_damage: bool = False) -> Run:
     run_uri = storage.absolute(run_uri)
     if not is_run(run_uri):
         raise ArtifactError(f"{run_uri} holds no run (no run.yaml)", "give the run.uri of a spec that was run")
-    spec = read_spec(run_uri)
+    spec = _read_spec(run_uri)
     bare = Run(spec, Manifest.of([]), (), pa.table({"query_id": pa.array([], pa.string())}), ())
     try:
         tables = [bare.read_table(name, sha256=bare.resolved.tables[name]) for name in (MANIFEST_NAME, QUERIES_NAME)]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .changes import Change, LowRank
 from .layers import Layer, Lookup, Scale, row_slices, uses_in
@@ -33,6 +33,9 @@ class Rule(Protocol):
     def module(self) -> nn.Module:
         """The module."""
         ...
+
+    reruns: ClassVar[bool]
+    """Whether the module is called again, with what it was called with: it may be one that changes that in place."""
 
     def along(self, args: tuple[Any, ...], keywords: Mapping[str, Any], leaf: int, slope: Tensor) -> Tensor:
         """[B, Q], float32.
@@ -57,6 +60,8 @@ class _LowRank:
     bias_QO: Tensor | None
     queries: int
 
+    reruns: ClassVar[bool] = False
+
     @property
     def module(self) -> nn.Module:
         return self.layer.module
@@ -75,6 +80,8 @@ class _Dense:
     layer: Layer
     weight_QOI: Tensor
     bias_QO: Tensor | None
+
+    reruns: ClassVar[bool] = False
 
     @property
     def module(self) -> nn.Module:
@@ -103,6 +110,8 @@ class _Scale:
     steps: Mapping[str, Tensor]
     """Name -> [Q, *shape]."""
 
+    reruns: ClassVar[bool] = False
+
     @property
     def module(self) -> nn.Module:
         return self.use.module
@@ -122,6 +131,8 @@ class _Lookup:
     use: Lookup
     table_QVI: Tensor
 
+    reruns: ClassVar[bool] = False
+
     @property
     def module(self) -> nn.Module:
         return self.use.module
@@ -138,13 +149,15 @@ class _Any:
     module: nn.Module
     steps: Sequence[Mapping[str, Tensor]]
     """Name in the module -> step."""
+    reruns: ClassVar[bool] = True
 
     def along(self, args: tuple[Any, ...], keywords: Mapping[str, Any], leaf: int, slope: Tensor) -> Tensor:
         own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         base = {name: own[name].detach() for name in self.steps[0]}
 
         def returned(tensors: Mapping[str, Tensor]) -> Tensor:
-            found: Tensor = tree_flatten(functional_call(self.module, dict(tensors), args, dict(keywords)))[0][leaf]
+            own = tree_map_only(Tensor, Tensor.clone, (args, dict(keywords)))
+            found: Tensor = tree_flatten(functional_call(self.module, dict(tensors), *own))[0][leaf]
             return found
 
         made = []

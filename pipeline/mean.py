@@ -49,7 +49,7 @@ class MeanScorer:
             InputError, ArtifactError: A member's shard is not committed, or is not what was committed.
             StorageError: The store refused.
         """
-        started_at_s = time.time()
+        started_at_s, begun_s = time.time(), time.monotonic()
         receipts = parallel(lambda member: member.receipt(work.addition, work.shard.shard_id), self._run.members)
         for place, receipt in enumerate(receipts):
             if receipt.quarantined is not None:
@@ -59,7 +59,7 @@ class MeanScorer:
             return standing
         rejects = self._rejects(receipts)
         scores = [self._scores(work, query_id, receipts, rejects) for query_id in work.query_ids]
-        compute_s = time.time() - started_at_s
+        compute_s = time.monotonic() - begun_s
         counts = {"rows": work.shard.rows - len(rejects), "rejects": len(rejects), "overlong": receipts[0].overlong}
         shares = {query_id: self._share_M[query_id] for query_id in work.query_ids}
         found = noise.mean_of([receipt.noise for receipt in receipts], shares)

@@ -37,7 +37,12 @@ SUMMED = ["example_id", "source", "query_id", "base_loss", "score"]
 
 
 def rank(run: Run) -> pa.Table:
-    """Rank a fully scored run; the ranked table, as RANKED with payload columns behind.
+    """Rank a fully scored run; the ranked table, as RANKED with payload columns behind. Raises as `rank_with_meta`."""
+    return rank_with_meta(run)[0]
+
+
+def rank_with_meta(run: Run) -> tuple[pa.Table, dict[str, Any]]:
+    """Rank a fully scored run; the ranked table, and what its meta.json says.
 
     Raises:
         ArtifactError: Shards are missing, an artifact is not what was committed, or others write rankings all the time.
@@ -65,18 +70,18 @@ def rank(run: Run) -> pa.Table:
         "noise": floor.judged(ranked, scored),
         "fingerprint": run.resolved.fingerprint,
     }
-    _write(run, meta, {"ranked.parquet": ranked, "sources.parquet": merging.sources})
-    return ranked
+    return ranked, _written(run, meta, {"ranked.parquet": ranked, "sources.parquet": merging.sources})
 
 
-def _write(run: Run, meta: dict[str, Any], tables: dict[str, pa.Table]) -> None:
-    """Write a ranking, meta.json last. Raises ArtifactError if other rankings write over it again and again."""
+def _written(run: Run, meta: dict[str, Any], tables: dict[str, pa.Table]) -> dict[str, Any]:
+    """Write a ranking, meta.json last, and return that. Raises ArtifactError if other rankings write over it again and again."""
     for _ in range(TRIES):
         selected = select(run)  # the longest part first: what is read while it is written is not whole for moments only
         written = {name: run.write_table(table, "topk", name)["sha256"] for name, table in tables.items()} | selected
-        run.write_json({**meta, "tables": written}, "topk", "meta.json")
+        ranking = {**meta, "tables": written}
+        run.write_json(ranking, "topk", "meta.json")
         if _is_last_or_whole(run, written):
-            return
+            return ranking
     raise ArtifactError(f"{run.uri('topk')} is being written by another command", "rank again when that is done")
 
 

@@ -44,9 +44,17 @@ p.warning{color:#b45309}
 """
 
 
-def report(run: Run) -> None:
-    """Draw the contact sheet and write the page. Raises ArtifactError if the run is not ranked."""
-    ranked, meta = run.read_ranked()
+def report(run: Run, ranking: tuple[pa.Table, dict[str, Any]] | None = None) -> None:
+    """Draw the contact sheet and write the page.
+
+    Args:
+        run: The run.
+        ranking: The ranked table and its meta.json; null for those in the run's folder.
+
+    Raises:
+        ArtifactError: The run is not ranked, or its ranking is damaged.
+    """
+    ranked, meta = ranking or run.read_ranked()
     image = picture_column(run, ranked)
     if image is not None:
         run.write(_sheet(run, ranked, meta, image), "report", "contact_sheet.png")

@@ -22,7 +22,7 @@ import pyarrow as pa
 from . import storage
 from .artifacts import Run
 from .attempts import Worker, start_attempts
-from .cluster import Watchdog, actors_of, connected, errors_of
+from .cluster import Watchdog, actors_of, connected, on_cluster
 from .errors import ArtifactError, ClusterError, InputError, PipelineError
 from .folder import parallel, parquet_bytes, table_of
 from .frozen import open_run
@@ -160,9 +160,14 @@ def retrain(retrainings: Retrainings, lessons: Sequence[Lesson]) -> None:
         start_of(retrainings.run, retrainings.judge.training)
     asked = len(set(lessons))
     progress = Progress("train", asked, "models", done=asked - len(missing))
+    with connected(retrainings.judge.resources):
+        on_cluster("retrain", lambda: _retrain(retrainings, missing, progress))
+
+
+def _retrain(retrainings: Retrainings, missing: Sequence[Lesson], progress: Progress) -> None:
     watchdog = Watchdog("retrain")
     ended = closing(_rows(retrainings, missing))  # an error here ends the actors too
-    with connected(retrainings.judge.resources), errors_of("retrain"), watchdog.watching(), progress, ended as rows:
+    with watchdog.watching(), progress, ended as rows:
         for row in rows:
             watchdog.feed()
             if row["error"]:

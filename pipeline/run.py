@@ -16,7 +16,7 @@ from .freeze import extend, freeze
 from .frozen import open_run, save_spec
 from .members import errors_name_it, gathered
 from .observe import say
-from .rank import rank
+from .rank import rank_with_meta
 from .report import report
 from .score import score
 from .spec import Spec
@@ -89,9 +89,9 @@ def rerank(run_uri: str, overrides: Sequence[str]) -> Run:
 
 def finish(run: Run) -> None:
     """What comes after the last score: rank, seal, report."""
-    rank(run)
+    ranking = rank_with_meta(run)
     run.seal()
-    report(run)
+    report(run, ranking)  # this one, whatever another command ranks meanwhile
 
 
 def _each_member(run: Run, *actions: Callable[[Run], object]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from .artifacts import Run, counterparts_digest
 from .attempts import Attempt, Worker, start_attempts
 from .calibration import MANY, Calibration
-from .cluster import Watchdog, actors_of, errors_of
+from .cluster import Watchdog, actors_of, on_cluster
 from .ensemble import Ensemble
 from .errors import PipelineError, QuarantineError, UnavailableError
 from .frozen import open_run
@@ -58,7 +58,7 @@ def score(run: Run) -> None:
     run.require_few_rejects(tally.rejects)
     pending = [key for key in _keys(run) if key not in tally.done]
     if pending:
-        _score(run, pending, tally)
+        on_cluster("score", lambda: _score(run, pending, tally))
     if tally.quarantined:
         _tell_quarantined(run, tally)
 
@@ -69,14 +69,7 @@ def _calibrate(run: Run) -> None:
         return
     if run.committed() or run.calibration() is not None:
         return
-    import ray
-
-    resources = run.spec.resources.score
-    remote = ray.remote(_calibrated).options(
-        num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.max_failures
-    )
-    with errors_of("score"), Watchdog("score").watching():
-        said = ray.get(remote.remote(run.uri()))
+    said = on_cluster("score", lambda: _calibrated_by_worker(run))
     for notice in said["notices"]:
         say(notice)
     if said["error"]:
@@ -87,6 +80,18 @@ def _calibrate(run: Run) -> None:
         say(f"score by {found.way}: {found.why}")
         if run.spec.score.compile and found.way != "difference":
             say(f"score.compile: has no effect on way {found.way}, which runs the model as it is")
+
+
+def _calibrated_by_worker(run: Run) -> dict[str, Any]:
+    import ray
+
+    resources = run.spec.resources.score
+    remote = ray.remote(_calibrated).options(
+        num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=resources.max_failures
+    )
+    with Watchdog("score").watching():
+        said: dict[str, Any] = ray.get(remote.remote(run.uri()))
+    return said
 
 
 def _calibrated(run_uri: str) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def _score(run: Run, pending: Sequence[_Key], tally: _Tally) -> None:
         "mean" if isinstance(run, Ensemble) else "score", run.number_of_works, "shards", done=len(tally.done)
     )
     ended = closing(_rows(run, pending, attempts))  # an error here ends the actors too
-    with errors_of("score"), watchdog.watching(), every(LOOK_S, stalls.look), progress, ended as rows:
+    with watchdog.watching(), every(LOOK_S, stalls.look), progress, ended as rows:
         for row in rows:
             watchdog.feed()
             stalls.took(row["seconds"])
@@ -336,7 +341,7 @@ class _Stalls:
             return
         running = self._told(self._attempts.running.remote())  # longest first
         for attempt in running:
-            if time.time() - attempt.since_s > limit_s and attempt.worker not in self._ended:
+            if attempt.lasting_s > limit_s and attempt.worker not in self._ended:
                 self._ended.add(attempt.worker)  # a process; the actor's next one is another
                 suspects = "; ".join(_described(each) for each in running if each.worker == attempt.worker)
                 say(f"warning: {suspects}; the worker is ended, what it was on is tried again")
@@ -344,6 +349,6 @@ class _Stalls:
 
 
 def _described(attempt: Attempt) -> str:
-    at = time.strftime("%H:%M:%S", time.localtime(attempt.since_s))
-    lasting = duration(time.time() - attempt.since_s)
+    at = time.strftime("%H:%M:%S", time.localtime(attempt.begun_at_s))
+    lasting = duration(attempt.lasting_s)
     return f"{attempt.name} is worked on by {attempt.worker} since {at} ({lasting}, attempt {attempt.number})"

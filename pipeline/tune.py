@@ -12,7 +12,7 @@ import uuid
 from typing import Any
 
 from .artifacts import Run
-from .cluster import Watchdog, errors_of, require
+from .cluster import Watchdog, on_cluster, require
 from .errors import PipelineError
 from .extensions import load_producer, sample_rows
 from .frozen import open_run
@@ -40,11 +40,24 @@ def tune(run: Run) -> None:
     pending = [query_id for query_id in run.query_ids if query_id not in done]
     if not pending:
         return
+    scratch = f"{SCRATCH}-{uuid.uuid4().hex}"
+    try:
+        failures = on_cluster("tune", lambda: _tune(run, pending, scratch))
+    finally:  # here, where a signal comes by
+        remove_folder(run.uri(scratch))
+    if len(failures) > 1:
+        say(f"{len(failures)} queries or workers failed, the first with this error; the other queries are committed")
+    if failures:
+        raise failures[0]
+
+
+def _tune(run: Run, pending: list[str], scratch: str) -> list[PipelineError]:
+    """Make the counterparts, with progress; what could not be made."""
     resources = run.spec.resources.tune
     together = resources.shard or sample_rows(load_producer(run.spec.producer))
     workers = resources.workers if together else min(resources.workers, len(pending))
     require(workers, resources.cpus, resources.gpus, "resources.tune")
-    progress = Progress("tune", len(run.query_ids), "queries", done=len(done))
+    progress = Progress("tune", len(run.query_ids), "queries", done=len(run.query_ids) - len(pending))
     watchdog = Watchdog("tune")
 
     def look() -> None:
@@ -53,20 +66,16 @@ def tune(run: Run) -> None:
             watchdog.feed()
         progress.at(made)
 
-    with progress, every(POLL_S, look), watchdog.watching(), errors_of("tune"):
-        failures = _fit(run, workers, pending)
-    if len(failures) > 1:
-        say(f"{len(failures)} queries or workers failed, the first with this error; the other queries are committed")
-    if failures:
-        raise failures[0]
+    with progress, every(POLL_S, look), watchdog.watching():
+        return _fit(run, workers, pending, scratch)
 
 
-def _fit(run: Run, workers: int, pending: list[str]) -> list[PipelineError]:
+def _fit(run: Run, workers: int, pending: list[str], scratch: str) -> list[PipelineError]:
     """Run the workers to their end; what they could not do."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources, scratch = run.spec.resources.tune, f"{SCRATCH}-{uuid.uuid4().hex}"
+    resources = run.spec.resources.tune
     filesystem, path = data_filesystem(run.uri())
     backend = "cpu:gloo,cuda:nccl" if resources.shard and resources.gpus else "gloo"
     trainer = TorchTrainer(
@@ -85,10 +94,7 @@ def _fit(run: Run, workers: int, pending: list[str]) -> list[PipelineError]:
         ),
         torch_config=TorchConfig(backend=backend, timeout_s=GATHER_TIMEOUT_S),
     )
-    try:
-        outcomes: list[_Outcome] = trainer.fit().return_value
-    finally:
-        remove_folder(run.uri(scratch))
+    outcomes: list[_Outcome] = trainer.fit().return_value
     for notice in (notice for _, notices in outcomes for notice in notices):
         say(notice)
     return [failure for failures, _ in outcomes for failure in failures]

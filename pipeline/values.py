@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -173,15 +173,23 @@ def concat_rows(tables: Sequence[pa.Table]) -> pa.Table:
     texts as they are, other values as JSON.
     """
     names = list(dict.fromkeys(name for table in tables for name in table.column_names))
-    settled = [_settled(table, [name for name in names if _is_text(name, tables)]) for table in tables]
+    mixed = {name for name in names if _is_mixed(name, tables)}
     try:
-        return pa.concat_tables(settled, promote_options="permissive")
+        joined = _joined(tables, mixed)
     except (pa.ArrowTypeError, pa.ArrowInvalid):
-        differing = [name for name in names if len(_kinds(name, settled)) > 1]
-        return pa.concat_tables([_settled(table, differing) for table in settled], promote_options="permissive")
+        mixed |= {name for name in names if len(_kinds(name, tables)) > 1}
+        joined = _joined(tables, mixed)
+    columns = {name: _settled(name, tables) if name in mixed else joined[name] for name in names}
+    fields = [pa.field(name, columns[name].type) if name in mixed else joined.schema.field(name) for name in names]
+    return pa.table(list(columns.values()), pa.schema(fields))
 
 
-def _is_text(name: str, tables: Sequence[pa.Table]) -> bool:
+def _joined(tables: Sequence[pa.Table], without: Collection[str]) -> pa.Table:
+    kept = [table.select([name for name in table.column_names if name not in without]) for table in tables]
+    return pa.concat_tables(kept, promote_options="permissive")
+
+
+def _is_mixed(name: str, tables: Sequence[pa.Table]) -> bool:
     fields = [table.schema.field(name) for table in tables if name in table.column_names]
     marked = any(map(is_from_json, fields))
     kinds = _kinds(name, tables)
@@ -193,17 +201,19 @@ def _kinds(name: str, tables: Sequence[pa.Table]) -> set[pa.DataType]:
     return {kind for kind in kinds if not pa.types.is_null(kind)}
 
 
-def _settled(table: pa.Table, names: Sequence[str]) -> pa.Table:
-    """A table with some of its columns as text, or as lists of numbers if that is all that they hold."""
-    for name in names:
-        if name in table.column_names:
-            values = list(python_values(table[name].combine_chunks()))
-            array = _lists_of_numbers(values)
-            if array is None:
-                texts = [v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in values]
-                array = pa.array(texts, pa.string())
-            table = table.set_column(table.column_names.index(name), pa.field(name, array.type), array)
-    return table
+def _settled(name: str, tables: Sequence[pa.Table]) -> pa.Array:
+    """A column of several tables: of JSON values as `json_column` has it, or lists of numbers, or text."""
+    values: list[Any] = []
+    for table in tables:
+        there = name in table.column_names
+        values += python_values(table[name].combine_chunks()) if there else [None] * len(table)
+    marked = any(name in table.column_names and is_from_json(table.schema.field(name)) for table in tables)
+    array = json_column(values) if marked else None
+    if array is None or is_json(array.type):
+        array = _lists_of_numbers(values)
+    if array is not None:
+        return array
+    return pa.array([v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in values], pa.string())
 
 
 def _lists_of_numbers(values: Sequence[Any]) -> pa.Array | None:

@@ -184,24 +184,15 @@ def ray_cluster(s3: seaweed.Store) -> Iterator[Proxy]:
     """
     import ray
 
-    from pipeline.cluster import EMBEDDED_ENVIRONMENT, _environment, _quieten
+    from pipeline import embedded
+    from pipeline.cluster import quieten, runtime_environment
 
-    with in_front_of(s3.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
-        for name, value in EMBEDDED_ENVIRONMENT.items():
-            patch.setenv(name, value)
+    with in_front_of(s3.endpoint) as proxy, pytest.MonkeyPatch.context() as patch, embedded.closed_environment():
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         with patch.context() as at_start:
             at_start.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-            ray.init(
-                address="local",
-                num_cpus=6,
-                include_dashboard=False,
-                object_store_memory=200 << 20,
-                logging_level="ERROR",
-                log_to_driver=False,
-                runtime_env=_environment(),
-            )
-        _quieten()
+            embedded.start(num_cpus=6, object_store_memory=200 << 20, runtime_env=runtime_environment())
+        quieten()
         yield proxy
         ray.shutdown()
 

@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 
 from .. import storage
 from ..errors import InputError
-from ..records import Measured, Rows, Shard, SourceFile
+from ..observe import printable
+from ..records import Measured, Reject, Rows, Shard, SourceFile
 from .base import Listing, readable_as
 
 KEPT_BYTES = 128 << 20
 """Of row groups larger than shards, that stays in memory for the shards to come: the rows last decoded, as Arrow has them."""
+SHOW_CHARS = 80
 DECODED_ROWS = 4096
 """At a time: a whole row group at once needs twice the memory it leaves behind."""
 
@@ -59,8 +61,9 @@ class _Groups:
                 self._kept.append(batch)
                 self._kept_bytes, self._end = self._kept_bytes + batch.nbytes, self._end + len(batch)
                 self._forget_before(shard.row_start)
-        table = pa.Table.from_batches(self._kept) if self._kept else pa.table({})
-        return table.slice(shard.row_start - self._first, shard.rows)
+        if not self._kept:
+            return pa.table({})
+        return pa.Table.from_batches(self._kept).slice(shard.row_start - self._first, shard.rows)
 
     def _forget_before(self, row: int) -> None:
         while self._kept and self._kept_bytes > KEPT_BYTES and self._first + len(self._kept[0]) <= row:
@@ -110,7 +113,7 @@ class Parquet:
                 table = groups.read(shard)
         if len(table) != shard.rows:
             raise InputError(f"{shard.path}: got {len(table)} rows from row {shard.row_start}, expected {shard.rows}")
-        return Rows(table, np.arange(shard.row_start, shard.row_start + shard.rows))
+        return _checked(shard, table)
 
     def _read_large(self, groups: _Groups, shard: Shard) -> pa.Table:
         """Rows of groups that stay open; after an error they are opened anew."""
@@ -120,6 +123,31 @@ class Parquet:
         table = groups.read(shard)
         self._large = groups
         return table
+
+
+def _checked(shard: Shard, table: pa.Table) -> Rows:
+    """Rows whose texts are UTF-8, and the others as rejects: Arrow looks only where it is asked to."""
+    row_N = np.arange(shard.row_start, shard.row_start + shard.rows)
+    try:
+        table.validate(full=True)
+        return Rows(table, row_N)
+    except pa.ArrowInvalid:
+        rejects = _bad_texts(table, row_N)
+    good_N = ~np.isin(row_N, [reject.row for reject in rejects])
+    table = table.filter(pa.array(good_N))
+    with _readable(shard.path):
+        table.validate(full=True)  # what else is wrong with it
+    return Rows(table, row_N[good_N], tuple(rejects))
+
+
+def _bad_texts(table: pa.Table, row_N: np.ndarray) -> list[Reject]:
+    rejects: dict[int, Reject] = {}
+    for name in table.column_names:
+        if pa.types.is_string(table[name].type) or pa.types.is_large_string(table[name].type):
+            for row, value in zip(row_N.tolist(), table[name].cast(pa.large_binary()).to_pylist(), strict=True):
+                if value is not None and (text := value.decode("utf-8", "replace")).encode() != value:
+                    rejects.setdefault(row, Reject(row, name, printable(text[:SHOW_CHARS]), "text in UTF-8"))
+    return list(rejects.values())
 
 
 def _row_groups(metadata: pq.FileMetaData, start: int, rows: int) -> tuple[list[int], int]:

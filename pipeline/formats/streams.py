@@ -42,13 +42,14 @@ def open_text(path: str) -> Iterator[io.BufferedReader]:
 class TextBytes:
     """The bytes of shards. Of a compressed file they can only be had from its beginning on: it stays open for the shards behind.
 
-    So a worker that reads shards in the order of the file decompresses it once; one that goes back begins again.
+    So a worker that reads shards in the order of the file decompresses it once; one that goes back begins again. The last bytes
+    are kept: shards overlap, since offsets are those of some rows only.
     """
 
     def __init__(self) -> None:
         self._reading = threading.Lock()
         self._file: tuple[tuple[str, int, str], io.BufferedReader] | None = None
-        self._position, self._open = 0, ExitStack()
+        self._start, self._kept, self._open = 0, b"", ExitStack()
 
     def read(self, shard: Shard) -> bytes:
         """The bytes between a shard's two offsets; fewer where the file has fewer. Raises InputError, StorageError."""
@@ -59,21 +60,22 @@ class TextBytes:
         with self._reading, readable_as(codec, shard.path):
             of, file = self._opened(shard)
             self._file = None  # after an error the file is opened again
-            while (left := shard.byte_start - self._position) > 0:
-                passed = len(file.read(min(left, storage.CHUNK_BYTES)))
-                if not passed:
+            while shard.byte_start > self._start + len(self._kept):
+                left = shard.byte_start - self._start - len(self._kept)
+                self._start, self._kept = self._start + len(self._kept), file.read(min(left, storage.CHUNK_BYTES))
+                if not self._kept:
                     break
-                self._position += passed
-            data = file.read(shard.byte_stop - shard.byte_start)
-            self._position += len(data)
+            kept = self._kept[shard.byte_start - self._start :]
+            more = max(0, shard.byte_stop - shard.byte_start - len(kept))
+            self._start, self._kept = shard.byte_start, kept + file.read(more)
             self._file = of, file
-        return data
+            return self._kept[: shard.byte_stop - shard.byte_start]
 
     def _opened(self, shard: Shard) -> tuple[tuple[str, int, str], io.BufferedReader]:
-        """The shard's file at a position that is not behind the shard's first byte."""
+        """The shard's file, read to no byte behind the shard's first but those that are kept."""
         of = (shard.path, shard.size_bytes, shard.version)
-        if self._file is not None and self._file[0] == of and self._position <= (shard.byte_start or 0):
+        if self._file is not None and self._file[0] == of and self._start <= (shard.byte_start or 0):
             return self._file
         self._open.close()
-        self._open, self._position = ExitStack(), 0
+        self._start, self._kept, self._open = 0, b"", ExitStack()
         return of, self._open.enter_context(open_text(shard.path))

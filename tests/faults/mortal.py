@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,10 +23,11 @@ class Blows:
         log: File, a line per time: unix time, pid, Ray node.
         how: "die" by SIGKILL, "hang", or "fail" with an exception.
         times: How often.
+        swap: A file that is copied over another before, and that other.
     """
 
-    def __init__(self, log, how, times):
-        self._log, self._how, self._times = Path(log), how, times
+    def __init__(self, log, how, times, swap=None):
+        self._log, self._how, self._times, self._swap = Path(log), how, times, swap
 
     def fall(self):
         import ray
@@ -35,6 +37,8 @@ class Blows:
             log.write(f"{time.time()} {os.getpid()} {node}\n")
         if len(self._log.read_text().splitlines()) > self._times:
             return
+        if self._swap:
+            shutil.copy(*self._swap)
         if self._how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if self._how == "fail":
@@ -56,9 +60,9 @@ def mark(pixels):
     return hashlib.sha256(pixels.astype("float32").tobytes()).hexdigest()
 
 
-def mortal_task(log, pixels, how="die", times=1):
+def mortal_task(log, pixels, how="die", times=1, swap=None):
     """Override of a spec: the shard whose first example has these pixels is where it happens."""
-    options = f"log: {log}, at: {mark(pixels)}, how: {how}, times: {times}"
+    options = f"log: {log}, at: {mark(pixels)}, how: {how}, times: {times}, swap: {[str(path) for path in swap or ()]}"
     return f"task={{name: 'tests.faults.mortal:MortalTask', options: {{{options}}}}}"
 
 
@@ -81,9 +85,9 @@ class MortalProducer(Unlearn):
 
 
 class MortalTask(Classification):
-    def __init__(self, log, at, how, times):
+    def __init__(self, log, at, how, times, swap):
         super().__init__("pixels", "label", [1, 8, 8], temperature=TEMPERATURE)  # as the task it stands for
-        self.blows, self.at = Blows(log, how, times), at
+        self.blows, self.at = Blows(log, how, times, swap), at
 
     def loss_B(self, model, batch):
         if len(batch["label"]) == BATCH_ROWS and mark(batch["features"][0].numpy()) == self.at:

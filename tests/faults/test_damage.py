@@ -1,20 +1,28 @@
 """What lies on the store is damaged behind the run's back: it is found, named, and made anew, or quarantined with its reason."""
 
+import hashlib
+import io
 import os
+import re
+import shutil
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import yaml
 
 from jobs import attribute as job
 from jobs.cli import app, guarded
+from pipeline.errors import InputError
+from pipeline.freeze import freeze
 from pipeline.frozen import open_run
-from pipeline.run import attribute, finish
-from tests.conftest import run_without_ray
-from tests.faults.test_worker_deaths import tuned
+from pipeline.run import attribute, carry_on, finish
+from tests.conftest import run_without_ray, tuned
+from tests.faults.mortal import mortal_task
 
 pytestmark = pytest.mark.ray
 
@@ -79,6 +87,78 @@ def test_a_damaged_score_file_is_found_and_made_anew(
     assert others == {path: path.stat().st_mtime_ns for path in others}
     fault = f"a score file that is {'truncated' if damage is truncate else 'flipped in one bit'}"
     ledger.enter(fault, attempts, run.receipt(0, 1).finished_at_s - damaged_s, run, undisturbed)
+
+
+OTHERS = ("counterparts/query_id=copy-of-3/changed-*.safetensors", "counterparts/query_id=copy-of-3/meta.json",
+          "commits/shard-000001.json", "partials/topk/shard-000001-*.parquet", "_SUCCESS", "topk/meta.json", "run.yaml",
+          "manifest.parquet", "queries.parquet", "report/index.html", "report/contact_sheet.png")  # fmt: skip
+"""Kinds of objects, scores aside."""
+
+
+def test_a_flipped_bit_in_any_kind_of_object_is_found_and_repaired(
+    ray_cluster, make_spec, undisturbed, ledger, monkeypatch, capsys
+):
+    """`verify` ends with 6; `verify --mend` and the run's command bring back what was there; then `verify` is content."""
+    spec = make_spec()
+    finish(run_without_ray(spec))
+    for pattern in OTHERS:
+        (path,) = Path(spec.run.uri).glob(pattern)
+        flip(path)
+        damaged_s = time.monotonic()
+        assert 6 == command(monkeypatch, app, "verify", spec.run.uri), pattern
+        assert 0 == command(monkeypatch, app, "verify", spec.run.uri, "--mend"), capsys.readouterr().err
+        run = attribute(spec)
+        assert 0 == command(monkeypatch, app, "verify", spec.run.uri), capsys.readouterr().err
+        kind = re.sub(r"query_id=[^/]*/|-?(\d{6}-?)?\*", "", pattern)
+        ledger.enter(f"a flipped bit: {kind}", 1, time.monotonic() - damaged_s, run, undisturbed)
+
+
+def test_weights_that_are_swapped_make_no_score(ray_cluster, make_spec, world, undisturbed, ledger, tmp_path):
+    """Before stage tune, before stage score, and while scores are made, when a worker has to start again: exit 3, and none wrong.
+
+    Put back, the same command ends as undisturbed.
+    """
+    weights, other, row = tmp_path / "weights.safetensors", tmp_path / "other.safetensors", 4 * 16
+    safetensors.torch.save_file({k: v + 0.1 for k, v in world.model.state_dict().items()}, other)
+    shutil.copy(world.weights, weights)
+    task = mortal_task(tmp_path / "log", world.pixels[row], swap=(other, weights))
+    overrides = (f"model.weights_uri={weights}", "score.shard_rows=16", "resources.score.actors=1")
+    for when, spec in (
+        ("before tune", make_spec(*overrides, name="tune")),
+        ("before score", make_spec(*overrides, name="score")),
+        ("while a worker dies", make_spec(*overrides, task, name="scoring")),
+    ):
+        run = freeze(spec)
+        if when != "before tune":
+            tuned(spec)
+        if when != "while a worker dies":
+            shutil.copy(other, weights)
+        with pytest.raises(
+            InputError, match=r"model\.weights_uri: .*weights\.safetensors is not what the run was frozen with"
+        ):
+            carry_on(run)
+        swapped_s = time.monotonic()
+        shutil.copy(world.weights, weights)
+        ledger.enter(f"weights swapped {when}", 2, time.monotonic() - swapped_s, attribute(spec), undisturbed)
+
+
+def test_kept_base_losses_of_other_weights_are_not_believed(
+    ray_cluster, make_spec, undisturbed, ledger, tmp_path, capsys
+):
+    """Every object of the cache is changed, its own digests right: computed again, and said."""
+    base = tmp_path / "base"
+    attribute(make_spec(f"score.base_losses={base}", name="first"))
+    for path in sorted(base.rglob("*.npy")):
+        body = path.read_bytes()[:-32]
+        losses, inputs = np.load(io.BytesIO(body)), body[-32:]
+        buffer = io.BytesIO()
+        np.save(buffer, losses + losses.dtype.type(0.25))
+        path.write_bytes(buffer.getvalue() + inputs + hashlib.sha256(buffer.getvalue() + inputs).digest())
+    capsys.readouterr()
+    started_s = time.monotonic()
+    run = attribute(make_spec(f"score.base_losses={base}", name="second"))
+    assert "it computes its own anew" in capsys.readouterr().err
+    ledger.enter("a poisoned cache of base losses", 1, time.monotonic() - started_s, run, undisturbed)
 
 
 def test_a_corrupt_corpus_file_is_quarantined_where_it_cannot_be_read(

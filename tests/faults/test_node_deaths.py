@@ -23,17 +23,19 @@ SEEN_DEAD = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 10
 @pytest.fixture
 def cluster(monkeypatch):
     """A head without CPUs, and three nodes that work."""
-    from ray.cluster_utils import Cluster
+    from pipeline import embedded
 
     temp = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie below it
     monkeypatch.setenv("RAY_TMPDIR", temp)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": SEEN_DEAD}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(3):
-        made.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-    yield made
-    made.shutdown()
+    with embedded.closed_environment():
+        from ray.cluster_utils import Cluster
+
+        made = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(3):
+            made.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        yield made
+        made.shutdown()
     shutil.rmtree(temp, ignore_errors=True)
 
 

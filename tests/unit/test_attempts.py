@@ -47,6 +47,19 @@ def test_what_is_worked_on_is_told_longest_first():
     assert [("one", "worker a", 1), ("three", "worker a", 1)] == [
         (each.name, each.worker, each.number) for each in told
     ]
+    assert told[0].lasting_s >= told[1].lasting_s + 0.004
+
+
+def test_how_long_a_shard_lasts_is_no_question_of_the_clock(monkeypatch):
+    """A machine's time that is set forward by a day, or back, makes no shard last longer or shorter."""
+    attempts = Attempts()
+    for name, day_s in (("one", 0.0), ("two", 86400.0), ("three", -86400.0)):
+        monkeypatch.setattr(time, "time", lambda day_s=day_s: 1e9 + day_s)
+        begin(attempts, "a", name)
+    told = attempts.running()
+    assert ["one", "two", "three"] == [each.name for each in told]
+    assert all(0 <= each.lasting_s < SOON_S for each in told)
+    assert 1e9 == told[0].begun_at_s
 
 
 def test_news_of_a_process_that_is_over_counts_for_nothing():

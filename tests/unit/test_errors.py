@@ -31,6 +31,7 @@ def test_exit_codes_tell_the_kinds_apart():
         "StorageError": 7,
         "UnavailableError": 7,
         "ClusterError": 8,
+        "ClusterLostError": 8,
         "QuarantineError": 9,
     } == codes
     for name, code in codes.items():
