@@ -121,7 +121,8 @@ class LanguageTask(Extension):
     """Folder of the config that says how long a sequence may be and how many tokens there are. Null: the model's, if the loader
     is hf_transformers, else the tokenizer's."""
     max_tokens: _Tokens | None = None
-    """Longest sequence, in tokens. Null: what the model's config says it was made for."""
+    """Longest sequence, in tokens. Null: as many as the model's config says it was made for, and as it has positions for. More
+    are refused, but where the config scales rotary positions (rope_parameters)."""
     reduction: Literal["mean", "sum"] = "mean"
     """Loss of an example: `mean` per token, so that texts of all lengths compare, or `sum`. The columns are then called
     base_loss_per_token and counterpart_loss_per_token, or base_loss and counterpart_loss."""

@@ -66,15 +66,15 @@ def own_code(uri: str) -> str:
 
 
 def load_error(uri: str, what: str, error: Exception, hint: str = "") -> InputError:
-    """What a library raised about a folder, as ours; where the folder asks for code of its own, that is the reason given.
+    """What transformers raised about a folder, as ours; where it would need code of the folder's own, with that as the reason.
 
     Args:
         uri: The folder.
         what: What cannot be done, as in `FOLDER cannot be loaded`.
-        error: What the library raised.
+        error: What it raised.
         hint: What to do.
     """
-    if asked := own_code(uri):
+    if "trust_remote_code" in str(error) and (asked := own_code(uri)):  # its advice would be to run it
         return InputError(
             f"{what}: it asks for code of its own, which is never run ({asked})",
             "give a checkpoint of a class that transformers has; or write a loader or task of your own in code that you trust, "

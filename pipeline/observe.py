@@ -18,24 +18,24 @@ PLAIN_EVERY_S = 5.0
 SELDOM_S = 10.0
 MAX_UNSENT = 100
 
-_COLON, _AT = "(?::|%3A)", "(?:@|%40)"
-_BUCKETS = r"\b(?:s3[an]?|gcs|gs|oss|r2)"
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]{0,31})://", re.IGNORECASE)
+_BUCKETS = ("s3", "s3a", "s3n", "gs", "gcs", "oss", "r2")
 """Schemes of stores without ports and users: before an `@` stands nothing but a key."""
-_SECRETS = (
-    r"[\w.%-]*signature|sig|googleaccessid"
-    r"|[\w.%-]*(?:access[_-]?key(?:[_-]?id)?|api[_-]?key|token|secret|passw(?:or)?d|pwd|credentials?)"
-)
-"""Names in a query string whose values let anybody in."""
-_CREDENTIALS = re.compile(
-    rf"({_BUCKETS}://)[^/@\s]*{_COLON}(?!\s|$).*?{_AT}(?:\S*@)?"  # a secret may hold `/`, `@` and blanks
-    rf"|((?:{_BUCKETS}|\bhttps?)://)[^/?#@\s]+?{_AT}"
-    rf"|([a-z][\w+.-]*://)[^/@\s]*{_COLON}(?!\d*(?:[^\w%@.+=~-]|$)).*?{_AT}(?:\S*@)?"  # what follows may be a port
-    r"|([a-z][\w+.-]*://)[^/@\s]*(?:AKIA|ASIA)[A-Z0-9]{12,}[^/@\s]*@",
+_WEB = ("http", "https")
+_AT, _COLON, _USER = "(?:@|%40)", "(?:%3A|:)", r"[^/@\s]{0,256}"
+_PORT = r"(?!\d*(?:[^\w%@.+=~-]|$))"
+_REST = rf".*?{_AT}(?:\S*@)?"
+"""Of a password: it may hold `/`, `@` and blanks."""
+_IN_BUCKETS = re.compile(rf"{_USER}{_COLON}(?!\s|$){_REST}|[^/?#@\s]+?{_AT}", re.IGNORECASE)
+_IN_WEB = re.compile(rf"{_USER}{_COLON}{_PORT}{_REST}|[^/?#@\s]+?{_AT}", re.IGNORECASE)
+_IN_OTHERS = re.compile(rf"{_USER}{_COLON}{_PORT}{_REST}|{_USER}(?:AKIA|ASIA)[A-Z0-9]{{12,32}}{_USER}@", re.IGNORECASE)
+"""A password, key or token behind `scheme://`; of other schemes a user or a container may stand there."""
+_SIGNED = re.compile(
+    r"((?:[?&;#]|%3F|%26)(?:sig|googleaccessid|[\w.%-]{0,64}(?:signature|access[_-]?key(?:[_-]?id)?|api[_-]?key|token|secret"
+    r"|passw(?:or)?d|pwd|credentials?))(?:=|%3D))[^&;\s'\"]+",
     re.IGNORECASE,
 )
-_SIGNED = re.compile(
-    rf"([a-z][\w+.-]*://.*?(?:[?&;#]|%3F|%26)(?:{_SECRETS})(?:=|%3D))(?!\.\.\.)[^&;\s'\"]+", re.IGNORECASE
-)
+"""What in a query string lets anybody in, by its name."""
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """C0 and C1 control characters, line separators, marks that turn the direction of writing, half a surrogate pair."""
 _seldom = threading.Lock()
@@ -52,14 +52,28 @@ def say(text: str) -> None:
 
 def has_credentials(uri: str) -> bool:
     """Whether a URI has a password, a key or a signature in it, plain or percent-encoded."""
-    return any(without_credentials(form) != form for form in (uri, unquote(uri), unquote(unquote(uri))))
+    if "://" not in uri:
+        return False
+    return any(without_credentials(form) != form for form in {uri, unquote(uri), unquote(unquote(uri))})
 
 
 def without_credentials(text: str) -> str:
     """A text without the passwords, keys and signatures of its URIs: `...` takes their place."""
-    while (shorter := _SIGNED.sub(r"\1...", text)) != text:
-        text = shorter
-    return _CREDENTIALS.sub(lambda found: f"{next(filter(None, found.groups()))}...@", text)
+    if "://" not in text:  # most texts
+        return text
+    before, *parts = _SCHEME.split(text)
+    for scheme, rest in zip(parts[::2], parts[1::2], strict=True):
+        line, *others = rest.split("\n", 1)
+        before += "\n".join([f"{scheme}://{_cleaned(scheme.lower(), line)}", *others])
+    return before
+
+
+def _cleaned(scheme: str, line: str) -> str:
+    """What follows `scheme://` up to the end of its line, without credentials."""
+    line = _SIGNED.sub(r"\1...", line)
+    pattern = _IN_BUCKETS if scheme in _BUCKETS else _IN_WEB if scheme in _WEB else _IN_OTHERS
+    found = pattern.match(line) if "@" in line or "%40" in line else None
+    return f"...@{line[found.end() :]}" if found else line
 
 
 def printable(text: str) -> str:

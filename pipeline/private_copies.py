@@ -40,10 +40,10 @@ def private_folder() -> Path:
         OSError: There is none, and none can be made. The message has the reason for each place.
     """
     first = cache_folder()
-    second = first / _own_name() if os.environ.get(CACHE) else Path.home() / ".cache" / "mirrorscope"
     problem = _make_private(first)
     if not problem:
         return first
+    second = first / _own_name() if os.environ.get(CACHE) else Path.home() / ".cache" / "mirrorscope"
     if other := _make_private(second):
         raise PermissionError(f"{problem}; {other}")
     say_seldom(str(first), f"warning: {problem}: copies go to {second}")

@@ -78,7 +78,7 @@ class HfTransformers:
                 trust_remote_code=False,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise load_error(self._uri, f"{self._uri} cannot be loaded", error) from error
+            raise InputError(f"{self._uri} cannot be loaded: {first_line(error)}") from error
         _require_whole(self._uri, type(model).__name__, said)
         model.config.use_cache = False  # keys and values are for texts that go on
         if self._adapter_uri is not None:
