@@ -129,7 +129,7 @@ class Tuner:
         with as_frozen(self._run), self._about(query_id), torch.random.fork_rng():  # a producer may load a model
             torch.manual_seed(seed)
             try:
-                produced = self._produce(query, seed)
+                produced = self._produce(own_copy(query), seed)  # a producer of your own may hand it on as it is
             except PipelineError as error:
                 raise type(error)(f"query {query_id!r}: {error.message}", error.hint) from error
         if produced is not None:
@@ -150,7 +150,8 @@ class Tuner:
         with as_frozen(self._run), self._about(f"{len(queries)} queries"), torch.random.fork_rng():
             torch.manual_seed(seed)
             setting = self._setting(seed)
-            for query_id, produced in producer.produce_all(setting, queries, self._fitted(producer, setting)):
+            copies = {query_id: own_copy(query) for query_id, query in queries.items()}
+            for query_id, produced in producer.produce_all(setting, copies, self._fitted(producer, setting)):
                 if is_first and isinstance(produced, Produced):
                     try:
                         self._commit(query_id, queries[query_id], seed, produced, time.monotonic() - started_s)

@@ -34,8 +34,8 @@ class Task(Protocol):
             batch: B examples.
 
         Returns:
-            [B] losses in nats, float32 or better, each a function of its own example alone (in eval mode). NaN where an
-            example has no loss: the row is then rejected.
+            [B] losses in nats, float32 or better, each a function of its own example alone (in eval mode: see
+            model_check.py). NaN where an example has no loss: the row is then rejected.
         """
         ...
 
