@@ -55,7 +55,9 @@ class Finding:
         """What repairs it."""
         if self.stray:
             return "`verify --mend` deletes it"
-        return "`verify --mend`, then the run's command make it anew" if self.commit else self.hint
+        if self.commit:
+            return "`verify --mend`, then the run's command make it anew"
+        return self.hint or "nothing makes it anew: put it back from a copy, or start a new run in another folder"
 
 
 @dataclass
@@ -110,7 +112,7 @@ class Look:
         self.read_bytes = 0
         self.tensors: dict[str, str] = {}
         self._way: Way | None = None
-        with suppress(ArtifactError):  # a calibration that is damaged is found by check_calibration
+        with suppress(ArtifactError):  # one that is damaged is found by check_single
             self._way = run.way
 
     def refresh(self, prefix: str) -> None:
