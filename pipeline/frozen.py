@@ -17,6 +17,7 @@ from .ensemble import FOLDER, ensemble_of, member_name, number_of_members
 from .errors import ArtifactError, InputError, SpecError
 from .folder import SPEC_COMMENT, digest_line_problem, json_bytes, parallel, parquet_bytes, with_digest_line
 from .observe import say
+from .plan import fingerprint
 from .records import MANIFEST, Column
 from .spec import Spec
 from .specfile import dump_spec, parse_spec
@@ -108,6 +109,13 @@ def _read_spec(run_uri: str) -> Spec:
         spec = parse_spec(yaml.safe_load(read_spec_bytes(run_uri)), origin=f"{run_uri}/run.yaml")
     except (yaml.YAMLError, SpecError) as error:  # every bit is as it was written
         raise ArtifactError(f"{run_uri}/run.yaml was written by another version of mirrorscope: {error}") from error
+    # An edit that also renews the digest line would mix two runs' scores; the commits carry the fingerprint as well.
+    if spec.resolved is not None and (got := fingerprint(spec, spec.resolved.digests)) != spec.resolved.fingerprint:
+        raise ArtifactError(
+            f"{run_uri}/run.yaml is not the spec that the run was frozen with: got fingerprint {got}, "
+            f"expected {spec.resolved.fingerprint}",
+            REFREEZE,
+        )
     # The folder may have been moved: what it says of its own place does not count.
     return spec.model_copy(update={"run": spec.run.model_copy(update={"uri": run_uri})})
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ArtifactError, InputError
-from pipeline.folder import partition
+from pipeline.folder import SPEC_COMMENT, partition, with_digest_line
 from pipeline.freeze import freeze
 from pipeline.frozen import is_run, open_run
 from pipeline.storage import bytes_digest
@@ -114,6 +114,16 @@ def test_a_spec_that_no_run_wrote_is_no_run(run, world):
     tree = world.tree(run.uri())
     Path(run.uri("run.yaml")).write_text(json.dumps(tree))
     with pytest.raises(ArtifactError, match="no `resolved` section"):
+        open_run(run.uri())
+
+
+def test_an_edited_spec_is_found_though_its_digest_was_renewed(run):
+    """The fingerprint is recomputed when a run is opened: another seed is another run."""
+    path = Path(run.uri("run.yaml"))
+    text, _ = path.read_text().rsplit("# sha256:", 1)
+    assert "\nseed: 0\n" in text
+    path.write_bytes(with_digest_line(text.replace("\nseed: 0\n", "\nseed: 1\n"), SPEC_COMMENT))
+    with pytest.raises(ArtifactError, match=rf"got fingerprint \w+, expected {run.resolved.fingerprint}"):
         open_run(run.uri())
 
 
