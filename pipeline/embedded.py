@@ -12,9 +12,12 @@ from typing import Any
 STORE_BYTES = 256 << 20
 """Its object store: only receipts pass through it."""
 TOKEN_BYTES = 32
-QUIET_ENVIRONMENT = {
+NO_PORT = "65536"
+DEFAULT_ENVIRONMENT = {
+    "AUTOSCALER_METRIC_PORT": NO_PORT,  # with the next two: servers of metrics ask for no token, so that none is started
+    "DASHBOARD_METRIC_PORT": NO_PORT,
+    "RAY_enable_metrics_collection": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ core talks between the progress lines
-    "RAY_enable_metrics_collection": "0",  # its metrics port is the one that asks for no token
     "RAY_prestart_worker_first_driver": "0",  # workers without the run's runtime environment, which none of ours is
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether this machine is about to be taken away
 }
@@ -46,7 +49,7 @@ def token_environment() -> Iterator[None]:
     reaches an open Ray runs code as its user.
     """
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(TOKEN_BYTES)
-    wanted = {**QUIET_ENVIRONMENT, **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    wanted = {**DEFAULT_ENVIRONMENT, **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     before = {name: os.environ.get(name) for name, value in wanted.items() if os.environ.get(name) != value}
     os.environ.update(wanted)
     _read_environment()
