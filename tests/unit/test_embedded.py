@@ -18,7 +18,7 @@ def test_there_is_a_token_whatever_the_mode_was(monkeypatch, mode):
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
     tokens = set()
     for _ in range(2):
-        with token_environment():
+        with closed_environment():
             assert "token" == os.environ["RAY_AUTH_MODE"]
             tokens.add(os.environ["RAY_AUTH_TOKEN"])
         assert ["RAY_AUTH_MODE"] * bool(mode) == [name for name in RAYS if name in os.environ]
@@ -29,7 +29,7 @@ def test_a_token_of_ones_own_and_other_settings_stay(monkeypatch):
     """What the user has set for Ray is kept, but for the mode."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
     monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "info")
-    with token_environment():
+    with closed_environment():
         assert ["mine", "info"] == [os.environ[name] for name in ("RAY_AUTH_TOKEN", "RAY_BACKEND_LOG_LEVEL")]
 
 
