@@ -123,8 +123,20 @@ def submit(client: JobSubmissionClient, folder: Path) -> str:
     }
     entrypoint = " ".join(["python -m jobs.attribute", SPEC, *(f"--set {name}={uri}" for name, uri in uris.items())])
     _say(f"$ ray job submit --working-dir . -- {entrypoint}")
-    job: str = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": ".", "excludes": LEFT_OUT})
-    return job
+    return submit_job(client, entrypoint, {"working_dir": ".", "excludes": LEFT_OUT})
+
+
+def submit_job(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """Submit a job, again for a while where the cluster's agent, which starts last, is not there yet; its id."""
+    deadline_s = time.monotonic() + CLUSTER_START_S
+    while True:
+        try:
+            job: str = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+            return job
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.5)
 
 
 def follow(client: JobSubmissionClient, job: str) -> bool:

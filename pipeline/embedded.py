@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 STORE_BYTES = 256 << 20
 """Its object store: only receipts pass through it."""
 TOKEN_BYTES = 32
-QUIET_ENVIRONMENT = {
+NO_PORT = "65536"
+DEFAULT_ENVIRONMENT = {
+    "AUTOSCALER_METRIC_PORT": NO_PORT,  # with the next two: servers of metrics ask for no token, so that none is started
+    "DASHBOARD_METRIC_PORT": NO_PORT,
+    "RAY_enable_metrics_collection": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else its C++ core talks between the progress lines
-    "RAY_enable_metrics_collection": "0",  # its metrics port is the one that asks for no token
     "RAY_prestart_worker_first_driver": "0",  # workers without the run's runtime environment, which none of ours is
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether this machine is about to be taken away
 }
@@ -24,7 +27,7 @@ QUIET_ENVIRONMENT = {
 @contextmanager
 def closed_environment() -> Iterator[None]:
     """The environment in which Ray starts on 127.0.0.1 and serves nobody without the token; as it was before, afterwards."""
-    with token_environment():
+    with token_environment(DEFAULT_ENVIRONMENT):
         from ray._private import ray_constants
 
         clusters = ray_constants.ENABLE_RAY_CLUSTER
@@ -38,15 +41,18 @@ def closed_environment() -> Iterator[None]:
 
 
 @contextmanager
-def token_environment() -> Iterator[None]:
+def token_environment(defaults: Mapping[str, str] | None = None) -> Iterator[None]:
     """The environment in which Ray asks for a token and has one; as it was before, afterwards.
 
     The token is RAY_AUTH_TOKEN where that is set, else a random one that only this process and its children have: it is in
     their environment, which other users cannot read, and in no file. RAY_AUTH_MODE=disabled is overruled: everybody who
     reaches an open Ray runs code as its user.
+
+    Args:
+        defaults: Further variables, each set where it is not.
     """
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(TOKEN_BYTES)
-    wanted = {**QUIET_ENVIRONMENT, **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    wanted = {**(defaults or {}), **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     before = {name: os.environ.get(name) for name, value in wanted.items() if os.environ.get(name) != value}
     os.environ.update(wanted)
     _read_environment()

@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 
-from jobs.demo_s3 import cluster
+from jobs.demo_s3 import cluster, submit_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -48,7 +48,7 @@ def test_a_job_is_submitted_with_the_token(client, world, tmp_path):
     (tmp_path / "spec.yaml").write_text(json.dumps(world.tree(tmp_path / "run")))
     entrypoint = PLAN.format(spec=tmp_path / "spec.yaml")
     runtime_env = {"env_vars": {"PYTHONPATH": os.getcwd()}}
-    jobs = [client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)]
+    jobs = [submit_job(client, entrypoint, runtime_env)]
     body = {"entrypoint": entrypoint, "runtime_env": runtime_env}
     status, answer = ask(client, "/api/jobs/", os.environ["RAY_AUTH_TOKEN"], body)
     assert 200 == status
