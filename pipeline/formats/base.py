@@ -111,7 +111,7 @@ class Listing:
         if hidden := len(self.files) - len(read) - len(left):
             parts.append(f"{hidden:,} with names that begin with a dot or an underscore")
         if self.dead_links:
-            parts.append(f"{self.dead_links:,} links that lead nowhere")
+            parts.append(f"{self.dead_links:,} link(s) that lead nowhere")
         return f"{self.uri}: files that are not read: {', '.join(parts)}" if parts else ""
 
 

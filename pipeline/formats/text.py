@@ -30,6 +30,8 @@ STRIDE = 256
 LOOK_ROWS = 100
 """Rows of a JSON-lines file whose keys are its columns, unless `find_columns` looks for others."""
 SHOW_CHARS = 80
+MAX_DEPTH = 32
+"""Levels of lists and objects in a row of JSON; more are no data, and could exhaust the stack."""
 
 
 def _records(lines: Iterable[bytes], quoted: bool, offset: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -100,6 +102,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested deeper than arrays can be: what comes later walks them by recursion."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [one for one in level if isinstance(one, list | dict)]
+        level = [one for each in inner for one in (each if isinstance(each, list) else each.values())]
+    return bool(level)
+
+
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
@@ -156,6 +167,8 @@ class JsonLines:
     def _parse(row: int, record: bytes) -> dict[str, Any] | Reject:
         try:
             value = _DECODER.decode(record.decode("utf-8-sig").strip())
+            if record.count(b"[") + record.count(b"{") > MAX_DEPTH and _is_deep(value):
+                return Reject(row, "(row)", _show(record), f"a JSON object of at most {MAX_DEPTH} levels")
             if b"\\ud" in record.lower():  # half a surrogate pair is JSON, but no text
                 json.dumps(value, ensure_ascii=False).encode()
         except _RepeatedKeyError as error:

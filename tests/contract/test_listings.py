@@ -71,7 +71,7 @@ def test_files_that_are_not_read_are_said_in_one_line(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert [
         f"{tmp_path}: files that are not read: 2 .txt, 1 .md, 1 without a suffix, "
-        "3 with names that begin with a dot or an underscore, 1 links that lead nowhere"
+        "3 with names that begin with a dot or an underscore, 1 link(s) that lead nowhere"
     ] == said
 
 

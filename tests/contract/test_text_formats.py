@@ -292,6 +292,21 @@ def test_queries_keep_keys_that_come_late(tmp_path):
     assert [None] * 119 + ["late"] == table["note"].to_pylist()
 
 
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+@pytest.mark.parametrize("depth", [10, 100, 700])
+def test_json_nested_without_end_rejects_its_row_only(depth, opening, closing, tmp_path):
+    """Whatever reads it, as number, id or payload; ten levels are fine where nobody asks for numbers."""
+    deep = f'{{"id": "deep", "note": {opening * depth}1{closing * depth}, "x": 1}}'
+    lines = ['{"id": "a", "note": [[[]]], "x": 0}', deep, '{"id": "b", "note": [[[]]], "x": 2}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    opened = corpus(tmp_path, example_id="id", source="note")
+    [shard] = make_shards(opened.measure(opened.list_files(), [WANTED["a number"]]), 3)
+    got = opened.read(shard, [WANTED["a number"]])
+    assert (["a", "deep", "b"] if depth == 10 else ["a", "b"]) == got.example_id_N.to_pylist()
+    assert [reject.row for reject in got.rejects] == ([] if depth == 10 else [1])
+    assert got.row_N.tolist() == opened.payload(shard, got.row_N.tolist(), ["x"])["x"].to_pylist()
+
+
 # --- compressed --------------------------------------------------------------------------------------------------------
 
 COMPRESS = {
