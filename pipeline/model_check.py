@@ -72,11 +72,16 @@ class ModelCheck:
         """
         if self._is_checked or not inputs.items:
             return
-        rows = next(iter(inputs.batches(batch_rows, batch_tokens))).item_B
+        batches = (batch.item_B for batch in inputs.batches(batch_rows, batch_tokens))
+        rows = next(batches)
+        if len(rows) == 1:  # a text that fills a batch: others have neighbours
+            rows = next((item_B for item_B in batches if len(item_B) > 1), rows)
         arrays = inputs.rows(rows[: max(CHECKED_ROWS, len(rows) // SHARE_OF_BATCH)])
         first_B = self._losses(arrays)  # what a model sets up when it is first called is there from here on
         weights = _versions(self._model)
-        others_B = self._beside_others(arrays) if batch_rows > 1 else first_B
+        length_SC = inputs.length_SC
+        has_room = batch_rows > 1 if length_SC is None else len(rows) > 1 or 2 * length_SC[rows].max() <= batch_tokens
+        others_B = self._beside_others(arrays) if has_room else first_B
         drawn = _generators(self._device)
         self._require_repeatable(first_B, self._losses(arrays), drawn != _generators(self._device))
         self._require_apart(first_B[: len(others_B)], others_B)
@@ -163,11 +168,11 @@ class ModelCheck:
     def _reset_what_changed(self) -> None:
         now = _state(self._model)
         changed = [key for key in now | self._saved if not _equal(self._saved.get(key, _Absent), now.get(key, _Absent))]
-        if changed:
+        if new := [key for key in changed if key not in self._reset.saved]:
             if not self._reset.saved:
                 self._model.register_forward_hook(self._reset)
-            self._reset.saved |= {key: self._saved.get(key, _Absent) for key in changed}
-            self._reset(self._model)
+            self._reset.saved |= {key: self._saved.get(key, _Absent) for key in new}
+            self._reset(self._model)  # from here on the hook does it, unless a task calls but a part of the model
 
     def _beside_others(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
         """Losses of the first half of some rows, in other places beside other rows; of one row, behind itself turned round."""

@@ -171,6 +171,26 @@ def test_a_batch_that_is_changed_later_is_an_error():
         engine.losses([*Arrays(first).batches(4), *Arrays(second).batches(4)])
 
 
+class Mixing(nn.Module):
+    """A language model whose texts see each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = Words()
+
+    def forward(self, input_ids):
+        logits = self.words(input_ids)
+        return logits + 0.1 * logits.mean(dim=0)
+
+
+@pytest.mark.parametrize("lengths", [(30, 9, 9, 9), (9,), (9, 9)])
+def test_texts_that_see_each_other_are_refused(lengths):
+    """Also where the longest fills a batch by itself; texts of which each does have no neighbours."""
+    with pytest.raises(ContractError, match="another loss beside other rows"):
+        ModelCheck(Mixing(), TEXTS).batches(texts(*lengths), 1, 32)
+    assert len(lengths) == len(list(ModelCheck(Mixing(), TEXTS).batches(texts(*lengths), 1, 9)))
+
+
 class Centring:
     """A task that changes its batch in place."""
 
