@@ -95,6 +95,7 @@ OTHERS = ("counterparts/query_id=copy-of-3/changed-*.safetensors", "counterparts
 """Kinds of objects, scores aside."""
 
 
+@pytest.mark.timeout(900)
 def test_a_flipped_bit_in_any_kind_of_object_is_found_and_repaired(
     ray_cluster, make_spec, undisturbed, ledger, monkeypatch, capsys
 ):
@@ -113,6 +114,7 @@ def test_a_flipped_bit_in_any_kind_of_object_is_found_and_repaired(
         ledger.enter(f"a flipped bit: {kind}", 1, time.monotonic() - damaged_s, run, undisturbed)
 
 
+@pytest.mark.timeout(900)
 def test_weights_that_are_swapped_make_no_score(ray_cluster, make_spec, world, undisturbed, ledger, tmp_path):
     """Before stage tune, before stage score, and while scores are made, when a worker has to start again: exit 3, and none wrong.
 
@@ -142,6 +144,7 @@ def test_weights_that_are_swapped_make_no_score(ray_cluster, make_spec, world, u
         ledger.enter(f"weights swapped {when}", 2, time.monotonic() - swapped_s, attribute(spec), undisturbed)
 
 
+@pytest.mark.timeout(900)
 def test_kept_base_losses_of_other_weights_are_not_believed(
     ray_cluster, make_spec, undisturbed, ledger, tmp_path, capsys
 ):
