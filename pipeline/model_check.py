@@ -28,10 +28,10 @@ from .passes import LossFunction
 
 CHECKED_ROWS, SHARE_OF_BATCH = 4, 3
 """Rows that are looked at: at least so many, and of a larger batch a third, so that three passes cost as much as the batch."""
-TOLERANCE, TOLERANCE_PADDED, TOLERANCE_IN_HALF = 1e-5, 1e-4, 1e-2
+TOLERANCE, TOLERANCE_IN_HALF = 1e-5, 1e-2
 """Nats, and relative, by which rounding may move a loss. On CPUs it does not move in another place of a batch of the same shape
 (Llama, GPT-2, Mixtral, LSTM, attention; float32 and bfloat16); padded otherwise it moves by 3e-7, in half precision by 7e-3, of
-losses of 9. The first is what layouts are promised to agree to. One that is too low for padding only makes batches smaller."""
+losses of 9. The first is what layouts are promised to agree to. Where padding moves losses by more, batches are only smaller."""
 _PLAIN = (bool, int, float, str, type(None), Tensor)
 _Key = tuple[str, str]
 """Path of a module, and name of a buffer or attribute of it."""
@@ -57,6 +57,7 @@ class ModelCheck:
         self._saved = {key: _copied(value) for key, value in _state(model).items()}
         self._reset = _Reset()
         self._is_checked = self._has_said = False
+        self._longest_C: np.ndarray | None = None
         self._may_pad: dict[tuple[_Lengths, _Lengths], bool] = {}
 
     def require_independent(self, inputs: Inputs, batch_rows: int, batch_tokens: int) -> None:
@@ -103,7 +104,7 @@ class ModelCheck:
         return batches if self.may_pad(inputs, np.arange(inputs.items)) else self._split(inputs, batches)
 
     def may_pad(self, inputs: Inputs, item_B: np.ndarray) -> bool:
-        """Whether losses of some items are their own in one batch: the shortest is seen beside the longest.
+        """Whether losses of some items are their own in one batch: the shortest and the last but one are seen beside the longest.
 
         What was seen of texts holds for all that are no shorter and no longer.
         """
@@ -112,15 +113,27 @@ class ModelCheck:
             return True
         length_BC = length_SC[item_B]
         least, most = tuple(length_BC.min(axis=0).tolist()), tuple(length_BC.max(axis=0).tolist())
+        self._see_longest(inputs, item_B, length_BC)
         if least == most or self._is_known_to_pad(least, most):
             return True
         if (least, most) not in self._may_pad:
             longest = item_B[length_BC.argmax(axis=0)]
-            shortest = np.unique(item_B[length_BC.argmin(axis=0)])
-            self._may_pad[least, most] = all(self._is_own_beside(inputs, item, longest) for item in shortest)
+            longer_BC = np.where(
+                length_BC < length_BC.max(axis=0), length_BC, -1
+            )  # padding moves a long text's loss more
+            padded = np.unique(item_B[np.concatenate([length_BC.argmin(axis=0), longer_BC.argmax(axis=0)])])
+            self._may_pad[least, most] = all(self._is_own_beside(inputs, item, longest) for item in padded)
             if not self._may_pad[least, most]:
                 self._say_that_padding_matters(max(least), max(most))
         return self._may_pad[least, most]
+
+    def _see_longest(self, inputs: Inputs, item_B: np.ndarray, length_BC: np.ndarray) -> None:
+        """Have texts longer than any before go through once by themselves: what a model keeps of them is reset from there on."""
+        most_C = length_BC.max(axis=0)
+        if self._longest_C is None or (most_C > self._longest_C).any():
+            for item in np.unique(item_B[length_BC.argmax(axis=0)]):
+                self._losses(inputs.rows(np.array([item])))
+            self._longest_C = most_C if self._longest_C is None else np.maximum(most_C, self._longest_C)
 
     def _say_that_padding_matters(self, shortest: int, longest: int) -> None:
         if not self._has_said:
@@ -140,7 +153,7 @@ class ModelCheck:
         """Whether an item has the same loss alone and padded as it is beside others: by itself, in the memory of the longest."""
         alone = inputs.rows(np.array([item]))
         padded = {name: array[:1] for name, array in inputs.rows(np.array([item, *others])).items()}
-        return self._are_same(self._losses(alone), self._losses(padded), TOLERANCE_PADDED)
+        return self._are_same(self._losses(alone), self._losses(padded))
 
     def _split(self, inputs: Inputs, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches; texts of one length by themselves, where those of a batch must not go together."""
@@ -218,8 +231,8 @@ class ModelCheck:
             f"a loss must depend on its own row alone: {hint}; or score rows one by one with score.batch_rows: 1",
         )
 
-    def _are_same(self, left_B: Tensor, right_B: Tensor, tolerance: float = TOLERANCE) -> bool:
-        by = tolerance if dtype_of(self._model).itemsize >= 4 else TOLERANCE_IN_HALF
+    def _are_same(self, left_B: Tensor, right_B: Tensor) -> bool:
+        by = TOLERANCE if dtype_of(self._model).itemsize >= 4 else TOLERANCE_IN_HALF
         return torch.allclose(left_B, right_B, rtol=by, atol=by, equal_nan=True)
 
 

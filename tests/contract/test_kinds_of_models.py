@@ -350,6 +350,17 @@ def test_texts_have_the_losses_that_they_have_alone(name, batch_tokens, capsys):
     assert is_split == ("only texts of one length go through it together" in capsys.readouterr().err)
 
 
+def test_a_long_text_leaves_nothing_behind_for_those_after_it():
+    """Shards of one text each, the longest first: what a model keeps of it is reset."""
+    model, inputs = rotary("dynamic"), texts(30, 25, 13, 12)
+    check, expected = ModelCheck(model, TEXTS), alone(copy.deepcopy(model), inputs, TEXTS)
+    engine = LossEngine(model, TEXTS, [])
+    for item in range(4):
+        one = inputs.rows(np.array([item]))
+        single = TEXTS.encode({"tokens": np.array([one["input_ids"][0].tolist(), None], object)[:1]})
+        np.testing.assert_allclose(expected[item], engine.losses(check.batches(single, 0, 64)).base_N[0], atol=1e-5)
+
+
 def test_only_batches_that_straddle_are_split():
     """Texts on one side of the length at which a model turns otherwise go together."""
     model, inputs = rotary("longrope", places=12), texts(3, 5, 8, 12, 14, 20, 30)

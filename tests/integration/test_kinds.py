@@ -86,7 +86,6 @@ def test_scores_do_not_depend_on_the_layout(small, tmp_path, kind, way):
 @pytest.mark.parametrize("rope", ["longrope", "dynamic"])
 def test_texts_on_both_sides_of_a_length_score_alike_in_any_batch(tmp_path, rope, producer):
     """Rotary embeddings that switch at 12 tokens: base losses, losses of counterparts and scores, to 1e-5."""
-    saved(rotary(rope), tmp_path / "model")
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, VOCABULARY, n).tolist() for n in (3, 11, 12, 13, 14, 30, 9, 25, 13, 12, 40, 5)]
     pq.write_table(pa.table({"id": [f"t{i:02d}" for i in range(12)], "tokens": rows}), tmp_path / "corpus.parquet")
@@ -95,9 +94,11 @@ def test_texts_on_both_sides_of_a_length_score_alike_in_any_batch(tmp_path, rope
     )
 
     def scored(name, *overrides):
+        model = {"factory": "tests.kinds:rotary", "arguments": {"kind": rope}}
         tree = spec_tree(tmp_path, tmp_path / name) | {
             "task": {"name": "causal_lm", "tokens": "tokens", "max_tokens": 48}
         }
+        tree["model"] = model
         fields = (f"producer={producer}", "score.noise_rows=0", *overrides)
         run = run_without_ray(parse_spec(tree, fields))
         columns = ["example_id", "base_loss_per_token", "counterpart_loss_per_token", "score"]
