@@ -115,33 +115,29 @@ def test_a_flipped_bit_in_any_kind_of_object_is_found_and_repaired(
 
 
 @pytest.mark.timeout(900)
-def test_weights_that_are_swapped_make_no_score(ray_cluster, make_spec, world, undisturbed, ledger, tmp_path):
-    """Before stage tune, before stage score, and while scores are made, when a worker has to start again: exit 3, and none wrong.
-
-    Put back, the same command ends as undisturbed.
-    """
+@pytest.mark.parametrize("when", ["before tune", "before score", "while a worker dies"])
+def test_weights_that_are_swapped_make_no_score(when, ray_cluster, make_spec, world, undisturbed, ledger, tmp_path):
+    """Exit 3 and no wrong row, also where a worker has to start again in the middle; put back, it ends as undisturbed."""
     weights, other, row = tmp_path / "weights.safetensors", tmp_path / "other.safetensors", 4 * 16
     safetensors.torch.save_file({k: v + 0.1 for k, v in world.model.state_dict().items()}, other)
     shutil.copy(world.weights, weights)
-    task = mortal_task(tmp_path / "log", world.pixels[row], swap=(other, weights))
-    overrides = (f"model.weights_uri={weights}", "score.shard_rows=16", "resources.score.actors=1")
-    for when, spec in (
-        ("before tune", make_spec(*overrides, name="tune")),
-        ("before score", make_spec(*overrides, name="score")),
-        ("while a worker dies", make_spec(*overrides, task, name="scoring")),
+    overrides = [f"model.weights_uri={weights}", "score.shard_rows=16", "resources.score.actors=1"]
+    if when == "while a worker dies":
+        overrides.append(mortal_task(tmp_path / "log", world.pixels[row], swap=(other, weights)))
+    spec = make_spec(*overrides)
+    run = freeze(spec)
+    if when != "before tune":
+        tuned(spec)
+    if when != "while a worker dies":
+        shutil.copy(other, weights)
+    with pytest.raises(
+        InputError, match=r"model\.weights_uri: .*weights\.safetensors is not what the run was frozen with"
     ):
-        run = freeze(spec)
-        if when != "before tune":
-            tuned(spec)
-        if when != "while a worker dies":
-            shutil.copy(other, weights)
-        with pytest.raises(
-            InputError, match=r"model\.weights_uri: .*weights\.safetensors is not what the run was frozen with"
-        ):
-            carry_on(run)
-        swapped_s = time.monotonic()
-        shutil.copy(world.weights, weights)
-        ledger.enter(f"weights swapped {when}", 2, time.monotonic() - swapped_s, attribute(spec), undisturbed)
+        carry_on(run)
+    swapped_s = time.monotonic()
+    shutil.copy(world.weights, weights)
+    run = attribute(spec)
+    ledger.enter(f"weights swapped {when}", 2, time.monotonic() - swapped_s, run, undisturbed)
 
 
 @pytest.mark.timeout(900)
