@@ -12,7 +12,8 @@ from .audit import mend, require_whole
 from .cluster import connected
 from .ensemble import Ensemble, members_of
 from .errors import QuarantineError
-from .freeze import extend, freeze
+from .extend import extend
+from .freeze import freeze
 from .frozen import open_run, save_spec
 from .members import errors_name_it, gathered
 from .observe import say

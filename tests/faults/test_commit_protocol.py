@@ -31,8 +31,9 @@ from pipeline import storage
 from pipeline.artifacts import Run
 from pipeline.audit import audit, collect
 from pipeline.errors import ArtifactError, InputError, PipelineError
+from pipeline.extend import extend
 from pipeline.folder import parquet_bytes
-from pipeline.freeze import extend, freeze
+from pipeline.freeze import freeze
 from pipeline.frozen import is_run, open_run, save_spec
 from pipeline.run import rerank
 from pipeline.scorer import ShardScorer

@@ -15,7 +15,8 @@ import yaml
 
 from pipeline import artifacts, checks, storage
 from pipeline.audit import audit, collect
-from pipeline.freeze import extend, freeze
+from pipeline.extend import extend
+from pipeline.freeze import freeze
 from pipeline.frozen import open_run
 from pipeline.run import rerank
 from tests.faults.driver import REPOSITORY

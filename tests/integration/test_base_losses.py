@@ -12,7 +12,8 @@ import pytest
 from torch import nn
 
 from pipeline.base_losses import ShardLosses, fingerprint
-from pipeline.freeze import extend, freeze, survey
+from pipeline.extend import extend
+from pipeline.freeze import freeze, survey
 from pipeline.plan import identity
 from tests.conftest import exit_code, run_without_ray
 from tests.small import CLASSES, Small, linear, products, work_off

@@ -17,8 +17,9 @@ import yaml
 from pipeline import storage
 from pipeline.audit import audit, collect
 from pipeline.errors import ArtifactError, ContractError, InputError, PipelineError, SpecError
+from pipeline.extend import extend
 from pipeline.folder import json_bytes
-from pipeline.freeze import extend, freeze, survey
+from pipeline.freeze import freeze, survey
 from pipeline.frozen import open_run
 from pipeline.mean import MeanScorer
 from pipeline.members import gathered

@@ -14,7 +14,8 @@ from PIL import Image
 from pipeline import storage
 from pipeline.audit import audit
 from pipeline.errors import ArtifactError, InputError
-from pipeline.freeze import extend, freeze
+from pipeline.extend import extend
+from pipeline.freeze import freeze
 from pipeline.frozen import open_run
 from pipeline.run import finish
 from pipeline.scorer import ShardScorer

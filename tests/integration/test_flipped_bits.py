@@ -17,8 +17,9 @@ from pipeline import forecast, storage
 from pipeline.audit import audit
 from pipeline.ensemble import members_of
 from pipeline.errors import ArtifactError
+from pipeline.extend import extend
 from pipeline.folder import PAGE_COMMENT, SPEC_COMMENT, digest_line_problem, json_bytes, parse_json, with_digest_line
-from pipeline.freeze import extend, freeze
+from pipeline.freeze import freeze
 from pipeline.frozen import open_run
 from pipeline.members import gathered
 from pipeline.picture import png_problem, to_png

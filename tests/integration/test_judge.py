@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.errors import ArtifactError, InputError, NumericsError, SpecError
+from pipeline.extend import extend
 from pipeline.extensions import load_task
-from pipeline.freeze import extend
 from pipeline.frozen import open_run
 from pipeline.judge import Judge
 from pipeline.lessons import Step, Subset, Whole, Without, without

@@ -6,7 +6,8 @@ import pytest
 
 from pipeline.audit import audit
 from pipeline.errors import SpecError
-from pipeline.freeze import extend, freeze
+from pipeline.extend import extend
+from pipeline.freeze import freeze
 from pipeline.frozen import open_run
 from pipeline.run import finish
 from pipeline.sample import SMALL, draw_sample

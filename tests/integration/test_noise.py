@@ -10,8 +10,9 @@ import pytest
 from torch import nn
 
 from jobs.display import show_run, show_status
+from pipeline.extend import extend
 from pipeline.folder import json_bytes
-from pipeline.freeze import extend, freeze
+from pipeline.freeze import freeze
 from pipeline.frozen import open_run
 from pipeline.run import finish, rerank
 from pipeline.specfile import parse_spec

@@ -22,7 +22,7 @@ from pipeline import publish as publishing
 from pipeline import storage
 from pipeline.audit import audit, collect
 from pipeline.errors import ArtifactError, SpecError, StorageError, UnavailableError
-from pipeline.freeze import extend
+from pipeline.extend import extend
 from pipeline.frozen import open_run
 from pipeline.publish import file_uri, namespace_of, publish
 from pipeline.records import RANKED, SCORES
