@@ -214,4 +214,6 @@ def test_commands_of_one_run_at_once_as_processes(world, ledger):
         assert [0] * len(commands) == [process.returncode for process in running], "\n".join(outputs)
         require_one_ranking(world, uri)
     seconds, alone = time.monotonic() - started_s, str(shutil.copytree(uri, f"{uri}-alone"))
-    ledger.enter("rank twice, run, gc and show at once", 2, seconds, open_run(uri), run_command(world, alone))
+    ledger.enter(
+        "rank twice, run, gc and show at once", 2, seconds, open_run(uri), run_command(world, alone), rejected=1
+    )
