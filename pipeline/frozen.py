@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from itertools import takewhile
 from typing import Any
 
@@ -109,15 +110,23 @@ def _read_spec(run_uri: str) -> Spec:
         spec = parse_spec(yaml.safe_load(read_spec_bytes(run_uri)), origin=f"{run_uri}/run.yaml")
     except (yaml.YAMLError, SpecError) as error:  # every bit is as it was written
         raise ArtifactError(f"{run_uri}/run.yaml was written by another version of mirrorscope: {error}") from error
-    # An edit that also renews the digest line would mix two runs' scores; the commits carry the fingerprint as well.
-    if spec.resolved is not None and (got := fingerprint(spec, spec.resolved.digests)) != spec.resolved.fingerprint:
-        raise ArtifactError(
-            f"{run_uri}/run.yaml is not the spec that the run was frozen with: got fingerprint {got}, "
-            f"expected {spec.resolved.fingerprint}",
-            REFREEZE,
-        )
+    _require_own_fingerprint(run_uri, spec)
     # The folder may have been moved: what it says of its own place does not count.
     return spec.model_copy(update={"run": spec.run.model_copy(update={"uri": run_uri})})
+
+
+def _require_own_fingerprint(run_uri: str, spec: Spec) -> None:
+    """See that a spec is what the run was frozen with, though an edit renewed its digest line. Raises ArtifactError."""
+    resolved = spec.resolved
+    # Another version may know other fields, so it would compute another fingerprint of the same text.
+    if resolved is None or resolved.versions.get("mirrorscope") != version("mirrorscope"):
+        return
+    if (got := fingerprint(spec, resolved.digests)) != resolved.fingerprint:
+        raise ArtifactError(
+            f"{run_uri}/run.yaml is not the spec that the run was frozen with: got fingerprint {got}, "
+            f"expected {resolved.fingerprint}",
+            REFREEZE,
+        )
 
 
 def read_spec_bytes(run_uri: str) -> bytes:
