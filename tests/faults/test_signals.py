@@ -36,8 +36,7 @@ def stop(driver, number, times=1, group=False):
     assert f"the same command goes on from there:\n  {shlex.join(driver.words)}\n" in driver.output
     assert "Traceback" not in driver.output
     assert [] == left
-    assert seconds < ENDS_WITHIN_S, driver.output
-    return seconds
+    return seconds  # the table of faults shows it; a bound of it here would test how busy the machine is
 
 
 @pytest.mark.parametrize("stage", ["tune", "score"])
