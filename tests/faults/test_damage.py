@@ -23,6 +23,7 @@ from pipeline.frozen import open_run
 from pipeline.run import attribute, carry_on, finish
 from tests.conftest import run_without_ray, tuned
 from tests.faults.mortal import mortal_task
+from tests.small import work_off
 
 pytestmark = pytest.mark.ray
 
@@ -96,9 +97,7 @@ OTHERS = ("counterparts/query_id=copy-of-3/changed-*.safetensors", "counterparts
 
 
 @pytest.mark.timeout(900)
-def test_a_flipped_bit_in_any_kind_of_object_is_found_and_repaired(
-    ray_cluster, make_spec, undisturbed, ledger, monkeypatch, capsys
-):
+def test_a_flipped_bit_in_any_kind_of_object_is_found_and_repaired(make_spec, undisturbed, ledger, monkeypatch, capsys):
     """`verify` ends with 6; `verify --mend` and the run's command bring back what was there; then `verify` is content."""
     spec = make_spec()
     finish(run_without_ray(spec))
@@ -108,7 +107,7 @@ def test_a_flipped_bit_in_any_kind_of_object_is_found_and_repaired(
         damaged_s = time.monotonic()
         assert 6 == command(monkeypatch, app, "verify", spec.run.uri), pattern
         assert 0 == command(monkeypatch, app, "verify", spec.run.uri, "--mend"), capsys.readouterr().err
-        run = attribute(spec)
+        run = work_off(freeze(spec))
         assert 0 == command(monkeypatch, app, "verify", spec.run.uri), capsys.readouterr().err
         kind = re.sub(r"query_id=[^/]*/|-?(\d{6}-?)?\*", "", pattern)
         ledger.enter(f"a flipped bit: {kind}", 1, time.monotonic() - damaged_s, run, undisturbed)
@@ -116,37 +115,38 @@ def test_a_flipped_bit_in_any_kind_of_object_is_found_and_repaired(
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("when", ["before tune", "before score", "while a worker dies"])
-def test_weights_that_are_swapped_make_no_score(when, ray_cluster, make_spec, world, undisturbed, ledger, tmp_path):
+def test_weights_that_are_swapped_make_no_score(when, request, make_spec, world, undisturbed, ledger, tmp_path):
     """Exit 3 and no wrong row, also where a worker has to start again in the middle; put back, it ends as undisturbed."""
+    dies = when == "while a worker dies"
+    if dies:
+        request.getfixturevalue("ray_cluster")
     weights, other, row = tmp_path / "weights.safetensors", tmp_path / "other.safetensors", 4 * 16
     safetensors.torch.save_file({k: v + 0.1 for k, v in world.model.state_dict().items()}, other)
     shutil.copy(world.weights, weights)
     overrides = [f"model.weights_uri={weights}", "score.shard_rows=16", "resources.score.actors=1"]
-    if when == "while a worker dies":
+    if dies:
         overrides.append(mortal_task(tmp_path / "log", world.pixels[row], swap=(other, weights)))
     spec = make_spec(*overrides)
     run = freeze(spec)
     if when != "before tune":
         tuned(spec)
-    if when != "while a worker dies":
+    if not dies:
         shutil.copy(other, weights)
     with pytest.raises(
         InputError, match=r"model\.weights_uri: .*weights\.safetensors is not what the run was frozen with"
     ):
-        carry_on(run)
+        (carry_on if dies else work_off)(run)
     swapped_s = time.monotonic()
     shutil.copy(world.weights, weights)
-    run = attribute(spec)
+    run = attribute(spec) if dies else work_off(freeze(spec))
     ledger.enter(f"weights swapped {when}", 2, time.monotonic() - swapped_s, run, undisturbed)
 
 
 @pytest.mark.timeout(900)
-def test_kept_base_losses_of_other_weights_are_not_believed(
-    ray_cluster, make_spec, undisturbed, ledger, tmp_path, capsys
-):
+def test_kept_base_losses_of_other_weights_are_not_believed(make_spec, undisturbed, ledger, tmp_path, capsys):
     """Every object of the cache is changed, its own digests right: computed again, and said."""
     base = tmp_path / "base"
-    attribute(make_spec(f"score.base_losses={base}", name="first"))
+    work_off(freeze(make_spec(f"score.base_losses={base}", name="first")))
     for path in sorted(base.rglob("*.npy")):
         body = path.read_bytes()[:-32]
         losses, inputs = np.load(io.BytesIO(body)), body[-32:]
@@ -155,7 +155,7 @@ def test_kept_base_losses_of_other_weights_are_not_believed(
         path.write_bytes(buffer.getvalue() + inputs + hashlib.sha256(buffer.getvalue() + inputs).digest())
     capsys.readouterr()
     started_s = time.monotonic()
-    run = attribute(make_spec(f"score.base_losses={base}", name="second"))
+    run = work_off(freeze(make_spec(f"score.base_losses={base}", name="second")))
     assert "it computes its own anew" in capsys.readouterr().err
     ledger.enter("a poisoned cache of base losses", 1, time.monotonic() - started_s, run, undisturbed)
 
