@@ -39,13 +39,15 @@ def test_an_id_of_two_lines_is_one_row_of_a_table():
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(cli._Stopped(signal.SIGTERM), 143), (InputError(EVIL, EVIL), 3), (RuntimeError(EVIL), 1)],
+    [(None, 143), (InputError(EVIL, EVIL), 3), (RuntimeError(EVIL), 1)],
     ids=["stopped", "refused", "a bug"],
 )
 def test_however_a_command_ends_it_shows_no_secret_and_steers_no_terminal(error, code, monkeypatch, capsys):
     """The command to give again, an error with its hint, a traceback."""
 
     def action(**_):
+        if error is None:
+            signal.raise_signal(signal.SIGTERM)
         raise error
 
     words = ["mirrorscope", "run", "a.yaml", "--set", "corpus.uri=s3://key:sec%40ret@bucket", "s3://key:sec ret@bucket"]
