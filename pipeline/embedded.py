@@ -5,12 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from .observe import say
+
+if TYPE_CHECKING:
+    import psutil
 
 STORE_BYTES = 256 << 20
 """Its object store: only receipts pass through it."""
+STARTS, LATE = 3, "timed out during startup"
+"""How often a start is tried, and what Ray says of one that took longer than the 30 seconds that it allows itself."""
 TOKEN_BYTES = 32
 NO_PORT = "65536"
 DEFAULT_ENVIRONMENT = {
@@ -76,11 +83,40 @@ def _read_environment() -> None:
 
 
 def start(**arguments: Any) -> None:
-    """Start it, within `closed_environment`, and connect to it.
+    """Start it, within `closed_environment`, and connect to it; once more if it is not there in time.
 
     Args:
         arguments: Of `ray.init`, on top of ours.
+
+    Raises:
+        Exception: Of `ray.init`.
     """
+    import psutil
+
+    for left in reversed(range(STARTS)):
+        before = psutil.Process().children(recursive=True)
+        try:
+            _start(arguments)
+        except Exception as error:  # Ray raises a bare one when its time is over
+            end_children(but=before)
+            if not left or LATE not in str(error):
+                raise
+            say("warning: Ray did not start in time, as happens on a busy machine; it is started again")
+        else:
+            return
+
+
+def end_children(but: Sequence[psutil.Process]) -> None:
+    """Kill what this process started, and what that started: a start that failed leaves its processes behind."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        if child not in but:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def _start(arguments: Mapping[str, Any]) -> None:
     import ray
 
     defaults = {

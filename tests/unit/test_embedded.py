@@ -1,9 +1,13 @@
 """The environment of an embedded Ray: always with a token, and gone afterwards."""
 
 import os
+import subprocess
+import time
 
+import psutil
 import pytest
 
+from pipeline import embedded
 from pipeline.embedded import closed_environment, token_environment
 
 RAYS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_BACKEND_LOG_LEVEL", "DASHBOARD_METRIC_PORT")
@@ -51,3 +55,18 @@ def test_ray_reads_mode_and_token_anew(monkeypatch):
                 assert token == AuthenticationTokenLoader.instance().get_raw_token()
                 assert "127.0.0.1" == services.get_node_ip_address()
     assert AuthenticationMode.DISABLED == get_authentication_mode()
+
+
+def test_a_start_that_failed_leaves_no_process():
+    """What was started since is killed, its children too; what was there before stays."""
+    with subprocess.Popen(["sleep", "600"]) as own:
+        before = psutil.Process().children(recursive=True)
+        with subprocess.Popen(["sh", "-c", "sleep 600 & wait"]) as started:
+            while not (children := psutil.Process(started.pid).children()):
+                time.sleep(0.01)
+            embedded.end_children(but=before)
+            assert -9 == started.wait(60)
+            psutil.wait_procs(children, 60)
+            assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+        assert own.poll() is None
+        own.kill()
