@@ -108,14 +108,14 @@ class Driver:
             time.sleep(POLL_S)
         return [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids if Path(f"/proc/{pid}").exists()]
 
-    def wait(self, timeout_s: float = 280) -> int:
+    def wait(self, timeout_s: float = 560) -> int:
         """Exit code, when it has ended."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it did not end within {timeout_s:g} s:\n{self.output}") from None
 
-    def until(self, condition: Callable[[], Any], timeout_s: float = 280) -> Any:
+    def until(self, condition: Callable[[], Any], timeout_s: float = 560) -> Any:
         """What the condition returns, as soon as that is true. The driver must not end before."""
         deadline = time.monotonic() + timeout_s
         while not (found := condition()):

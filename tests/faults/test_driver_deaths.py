@@ -15,7 +15,7 @@ from tests.faults.driver import Driver
 from tests.faults.proxy import in_front_of
 from tests.seaweed import forget
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 STOPS_WITHIN_S = 10.0
 ENDS = [

@@ -12,7 +12,7 @@ from pipeline.specfile import parse_spec
 from tests.faults.driver import ON_LOOPBACK, Driver
 from tests.faults.mortal import came, mortal_producer, mortal_task
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 SHARD_ROWS = 16
 STORE_BYTES = 100 << 20

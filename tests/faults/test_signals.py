@@ -14,7 +14,7 @@ from tests.faults.driver import Driver
 from tests.faults.proxy import in_front_of
 from tests.faults.waiting import begun, let_go, waiting_producer, waiting_task
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ENDS_WITHIN_S = 10.0
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -28,7 +28,7 @@ def stop(driver, number, times=1, group=False):
         time.sleep(0.1)
         if driver.children():
             driver.signal(number, group)
-    code = driver.wait(4 * ENDS_WITHIN_S)
+    code = driver.wait(12 * ENDS_WITHIN_S)
     left = driver.left(ENDS_WITHIN_S)
     seconds = time.time() - stopped_s
     assert CODES[number] == code, driver.output

@@ -195,7 +195,7 @@ def test_gc_goes_by_the_stores_clock(world, monkeypatch):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_commands_of_one_run_at_once_as_processes(world, ledger):
     """`rank` twice, `run` and `gc` at a time, again and again: all end with 0, and `verify` is content."""
     uri = started(world, "sealed")
@@ -210,7 +210,7 @@ def test_commands_of_one_run_at_once_as_processes(world, ledger):
             )
             for words in commands
         ]  # fmt: skip
-        outputs = [process.communicate(timeout=200)[0].decode(errors="replace") for process in running]
+        outputs = [process.communicate(timeout=600)[0].decode(errors="replace") for process in running]
         assert [0] * len(commands) == [process.returncode for process in running], "\n".join(outputs)
         require_one_ranking(world, uri)
     seconds, alone = time.monotonic() - started_s, str(shutil.copytree(uri, f"{uri}-alone"))

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.demo_s3 import cluster, submit_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 PLAN = "python -m jobs.cli plan {spec}"
 """A job that reads a spec and touches nothing."""
