@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -135,12 +136,17 @@ def _start(arguments: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Drop what native code writes to standard error in the block; exceptions still tell what went wrong."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+    """Drop what native code writes to standard error in the block; exceptions still tell what went wrong.
+
+    What Python writes, as when a signal stops the command in the meantime, is shown.
+    """
+    nowhere, before = os.open(os.devnull, os.O_WRONLY), sys.stderr
+    with open(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace") as shown:
+        os.dup2(nowhere, 2)
+        sys.stderr = shown
+        try:
+            yield
+        finally:
+            sys.stderr = before
+            os.dup2(shown.fileno(), 2)
+            os.close(nowhere)
