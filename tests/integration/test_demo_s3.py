@@ -72,7 +72,7 @@ def temp():
 def test_the_demo_on_s3_runs_and_stops_what_it_started(data, temp):
     """Server, cluster, job, its log, two engines of one mind; then no process and no file is left."""
     process = start(data, temp)
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=1500)
     assert 0 == process.returncode, output
     for said in (
         "ray job submit",
@@ -99,7 +99,7 @@ def test_a_demo_that_is_stopped_stops_what_it_started(data, temp, number):
         time.sleep(3)
         assert [] != [line for line in left(temp) if "weed mini" in line]
         process.send_signal(number)
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=600)
     finally:
         process.kill()
     if number != signal.SIGKILL:
