@@ -28,7 +28,7 @@ from pipeline.tuner import Tuner
 from tests import seaweed
 from tests.faults.ledger import JSON_PATH, PROPERTY, Entry, Ledger
 from tests.faults.proxy import Proxy, in_front_of
-from tests.small import one_thread
+from tests.small import Small, one_thread
 
 settings.register_profile("untimed", deadline=None)  # machines are shared: how long an example takes says nothing
 settings.load_profile("untimed")
@@ -96,6 +96,13 @@ def _threads() -> Iterator[None]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """One world for the session; tests write beside it, never into it."""
     return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Small:
+    """The small world of tests/small.py, of one test alone, which may change it."""
+    (tmp_path / "small").mkdir()
+    return Small(tmp_path / "small")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pipeline.extend import extend
 from pipeline.freeze import freeze, survey
 from pipeline.plan import identity
 from tests.conftest import exit_code, run_without_ray
-from tests.small import CLASSES, Small, linear, products, work_off
+from tests.small import CLASSES, linear, products, work_off
 
 pytestmark = pytest.mark.slow  # every one runs twice
 ROWS, REJECTED, QUERIES = 13, 1, 2
@@ -33,13 +33,6 @@ class Scaled(nn.Module):
 
     def forward(self, features):
         return FACTOR * nn.functional.linear(features, self.weight, self.bias)
-
-
-@pytest.fixture
-def small(tmp_path):
-    """The small world, of one's own."""
-    (tmp_path / "small").mkdir()
-    return Small(tmp_path / "small")
 
 
 @pytest.fixture

@@ -31,17 +31,10 @@ from pipeline.specfile import parse_spec
 from pipeline.tuner import Tuner
 from tests.conftest import run_without_ray
 from tests.language import gpt, saved, sentences, spec_tree, tokenizer
-from tests.small import Small, linear, products, work_off
+from tests.small import linear, products, work_off
 
 CHEAP = ("corpus.source=null", "corpus.check_ids=false")
 TEXTS = sentences(12)
-
-
-@pytest.fixture
-def small(tmp_path):
-    """The small world, to be changed."""
-    (tmp_path / "small").mkdir()
-    return Small(tmp_path / "small")
 
 
 @pytest.fixture
