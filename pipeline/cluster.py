@@ -45,15 +45,13 @@ def connected(resources: ResourcesSection) -> Iterator[None]:
             _connect(address, over)
             yield
         except (ClusterLostError, SystemExit):
-            raise  # Ray waits in vain for what is gone; and what ends this process ends Ray too
+            raise  # Ray waits in vain for what is gone; and what ends this process ends its children, Ray's processes
         except BaseException as error:
             _end_executors(error)
-            _shut_down()
+            _shut_down(over)
             raise
         else:
-            _shut_down()
-        finally:
-            over.set()
+            _shut_down(over)
 
 
 def is_connected() -> bool:
@@ -102,10 +100,11 @@ def _hint(address: str | None, error: Exception) -> str:
     return "check resources.address or RAY_ADDRESS" if address else "is the machine very busy? Give the command again"
 
 
-def _shut_down() -> None:
+def _shut_down(over: threading.Event) -> None:
     import ray
 
     ray.shutdown()
+    over.set()
 
 
 def _end_executors(error: BaseException) -> None:
