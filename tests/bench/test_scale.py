@@ -6,6 +6,8 @@ import pytest
 
 from tests.bench import scale, table
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_ranking_part_runs_and_agrees_with_duckdb(tmp_path):
     """200 score rows: the rank stage lists what DuckDB lists, and both bars are told."""

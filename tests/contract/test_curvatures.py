@@ -237,6 +237,7 @@ def test_what_is_saved_solves_as_what_was_fitted(word):
     )
 
 
+@pytest.mark.slow
 @every_curvature
 def test_a_seed_says_what_is_drawn(word):
     """The same tensors for the same seed, in whatever order batches come; others for another; the base as it was."""

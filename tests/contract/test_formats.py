@@ -199,6 +199,7 @@ def test_rows_come_back_as_written(word, tmp_path):
     )
 
 
+@pytest.mark.slow
 @every_format
 @pytest.mark.parametrize(
     ("rows", "rows_each"),

@@ -88,6 +88,7 @@ def along(model, tensors, inputs):
     return np.array(found)
 
 
+@pytest.mark.slow
 @every_kind
 @every_way
 @pytest.mark.parametrize("batch_rows", [1, 4])
@@ -238,6 +239,7 @@ def test_steps_are_those_of_plain_torch(kind, section):
         torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("curvature", ["gauss_newton", "ekfac", "gfim", "diagonal"])
 def test_natural_steps_move_losses_as_derivatives_say(kind, curvature):
@@ -333,6 +335,7 @@ PADDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PADDED)
 @pytest.mark.parametrize("batch_tokens", [64, 256, 4096])
 def test_texts_have_the_losses_that_they_have_alone(name, batch_tokens, capsys):

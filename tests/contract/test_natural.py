@@ -20,6 +20,8 @@ from pipeline.producers.damping import cheapest
 from pipeline.producers.natural import Natural
 from pipeline.tasks.classification import Classification
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 TASK = Classification("features", "label", [4], temperature=2.0)
 

@@ -223,6 +223,7 @@ def test_a_page_whose_checksum_is_wrong_is_refused_wherever_it_is_read(how, tmp_
         ways[how]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", WRITTEN.values(), ids=WRITTEN)
 def test_a_damaged_footer_is_an_input_error_that_names_the_file(options, tmp_path):
     """Bytes all over it, changed one at a time, and the file cut anywhere: never a traceback, never fewer rows."""

@@ -33,6 +33,8 @@ from tests.contract.test_curvatures import (
 )
 from tests.language import VOCABULARY, gpt
 
+pytestmark = pytest.mark.slow
+
 
 class Turned(nn.Module):
     """Hands on its input with rows as the second axis, as nn.Transformer likes it, to what is inside."""

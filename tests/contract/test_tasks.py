@@ -125,6 +125,7 @@ def test_there_is_one_loss_per_example(case):
         assert (loss_B >= 0).all()
 
 
+@pytest.mark.slow
 @every_task
 def test_a_loss_is_that_of_its_example_alone(case):
     """In a batch of one an example has the loss it has among others."""

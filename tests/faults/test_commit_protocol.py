@@ -43,6 +43,8 @@ from tests.faults import stepped
 from tests.faults.stepped import Actor, Crash, in_hand
 from tests.small import Small, products, work_off
 
+pytestmark = pytest.mark.slow
+
 OVERRIDES = ("corpus.source=null", "corpus.check_ids=false")
 """Without what asks DuckDB: it costs more than everything else together."""
 OTHER_K = "rank.k=1"
@@ -504,7 +506,6 @@ def test_a_broken_protocol_is_caught(world, broken, extended, fate):
             sweep(world, extended, fate, stride=13 if broken is commit_first else 1)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_more_of_the_same(world):
     """As above, for longer, and other examples every time."""
@@ -512,7 +513,6 @@ def test_more_of_the_same(world):
         look(world, max_examples=25, stateful_step_count=40, derandomize=False)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_same_on_s3(world, s3, monkeypatch):
     """Conditional PUTs and listings of a real S3 server: the bytes are those of the undisturbed run on a local disk."""

@@ -12,6 +12,8 @@ from pipeline.run import finish
 from tests.conftest import run_without_ray
 from tests.faults.ledger import Ledger
 
+pytestmark = pytest.mark.slow
+
 ROWS = 64
 
 

@@ -24,6 +24,8 @@ from tests.faults.stepped import Actor, in_hand
 from tests.faults.test_commit_protocol import OVERRIDES, World, everything, require_same, require_whole
 from tests.small import products, work_off
 
+pytestmark = pytest.mark.slow
+
 SHARD = "shard-000001"
 DAY_S = 24 * 3600
 
@@ -97,7 +99,6 @@ def test_two_rankings_at_once_leave_one_that_is_whole(world, number):
             require_one_ranking(world, uri)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_ranking_that_stops_before_its_meta_is_written_over(world):
     """It stands still at every request in turn, while another comes from beginning to end; then it goes on."""

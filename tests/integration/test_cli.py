@@ -156,6 +156,7 @@ def test_rank_lists_again_without_scoring(finished):
     assert before == {path: path.stat().st_mtime_ns for path in Path(finished.uri("scores")).rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLE_SPECS, ids=lambda path: path.stem)
 def test_every_example_spec_is_planned(path, tmp_path, monkeypatch):
     """Each commented example parses, and plans on the data that it names; planning writes nothing."""

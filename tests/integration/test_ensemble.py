@@ -33,6 +33,8 @@ from tests.integration.test_extend import objects, require_equal
 from tests.language import gpt, saved, sentences
 from tests.small import SEEDS, Small, linear, products, work_off
 
+pytestmark = pytest.mark.slow
+
 NATURAL = "producer={name: natural}"
 LOSSES = ("score", "base_loss")
 
@@ -126,7 +128,6 @@ def test_scores_are_the_mean_of_the_members(small, tmp_path, producer):
         assert [members[0][name]] * 2 == [ours[name], members[2][name]]
 
 
-@pytest.mark.slow
 def test_the_direction_of_descent_is_kept(small, tmp_path):
     """Scores of `finetune` are base less counterpart, in the mean too."""
     run = work_off(freeze(spec_of(small, tmp_path / "run", "producer={name: finetune, steps: 2}")))
@@ -135,7 +136,6 @@ def test_the_direction_of_descent_is_kept(small, tmp_path):
     np.testing.assert_allclose(difference_N, ours["score"].to_numpy(), atol=1e-6)
 
 
-@pytest.mark.slow
 def test_members_of_different_step_lengths_count_alike(small, tmp_path):
     """One member's steps ten times as long, another's a tenth: the same ranking; not so if scales are kept secret."""
     made = {}
@@ -151,7 +151,6 @@ def test_members_of_different_step_lengths_count_alike(small, tmp_path):
     assert np.linalg.norm(made["alike"] - made["secret"]) > 0.1
 
 
-@pytest.mark.slow
 def test_language_models_are_averaged_per_token(tmp_path):
     """Two checkpoints under one tokenizer, the first's: losses per token by their name, and every text's tokens."""
     for seed in (0, 1):
@@ -236,7 +235,6 @@ def rejects_of(run, receipt):
     return run.read_shard(receipt, receipt.rejects_path).to_pylist()
 
 
-@pytest.mark.slow
 def test_a_shard_that_is_quarantined_in_one_member_is_so_in_the_ensemble(small, tmp_path, capsys):
     """With the member's reason; tolerated it stays so; else it is tried again in both, though each alone tolerates it."""
     spec = spec_of(small, tmp_path / "run", "score.max_reject_fraction=0.5")
@@ -374,7 +372,6 @@ def test_frozen_and_not_begun_it_makes_way_for_a_mended_spec(small, tmp_path):
 
 
 @pytest.mark.parametrize("broken_off", [True, False], ids=["broken off", "at a stretch"])
-@pytest.mark.slow
 def test_a_grown_ensemble_equals_one_made_of_everything(small, run_uri, tmp_path, broken_off):
     """Members grow as it does; broken off when it knows of the addition and one member has it, the same command goes on."""
     if broken_off:
@@ -399,7 +396,6 @@ def test_a_grown_ensemble_equals_one_made_of_everything(small, run_uri, tmp_path
     assert before == objects(run_uri)
 
 
-@pytest.mark.slow
 def test_a_member_that_was_extended_by_itself_is_named(small, run_uri):
     """Members are asked the same: refused until the ensemble is extended by the same."""
     queries, _ = small.later

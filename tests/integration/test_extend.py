@@ -24,6 +24,8 @@ from pipeline.tuner import Tuner
 from tests.conftest import exit_code, read_scores
 from tests.small import LATER, Small, products, work_off
 
+pytestmark = pytest.mark.slow
+
 QUERIES, CORPUS = "queries", "corpus"
 
 
@@ -157,7 +159,6 @@ def test_an_extension_that_was_killed_goes_on_by_the_same_command(small, run_uri
     require_equal(work_off(run), at_once(frozenset({QUERIES, CORPUS})))
 
 
-@pytest.mark.slow
 def test_an_extension_that_was_killed_goes_on_by_the_runs_command(small, run_uri, at_once):
     """`run SPEC` does what an addition left to do."""
     extend(run_uri, *later(small, "both"))
@@ -189,7 +190,6 @@ def test_ids_that_the_run_has_are_refused(small, run_uri, tmp_path):
     assert before == objects(run_uri)
 
 
-@pytest.mark.slow
 def test_a_changed_file_of_the_run_is_refused(small, run_uri, tmp_path):
     """What was scored must still be what lies there."""
     corpus = tmp_path / "corpus"

@@ -29,6 +29,8 @@ from pipeline.specfile import load_judge, parse_spec, parse_tree
 from pipeline.verdict import judged
 from tests.small import Small, learn_here, work_off
 
+pytestmark = pytest.mark.slow
+
 SUBSETS, AGAIN = 4, 2
 EVERYTHING = {
     "mirror": {"groups": 4, "rows": 3},

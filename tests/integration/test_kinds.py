@@ -85,7 +85,7 @@ def test_scores_do_not_depend_on_the_layout(small, tmp_path, kind, way):
 @pytest.mark.parametrize("producer", ["{name: finetune, steps: 1}", "{name: natural, sample_rows: 12, damping: 0.1}"])
 @pytest.mark.parametrize("rope", ["longrope", "dynamic"])
 def test_texts_on_both_sides_of_a_length_score_alike_in_any_batch(tmp_path, rope, producer):
-    """Rotary embeddings that switch at 12 tokens: base losses, losses of counterparts and scores, to 1e-5."""
+    """Rotary embeddings that switch at 12 tokens: base losses to 1e-5, counterparts and scores as closely as those are solved."""
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, VOCABULARY, n).tolist() for n in (3, 11, 12, 13, 14, 30, 9, 25, 13, 12, 40, 5)]
     pq.write_table(pa.table({"id": [f"t{i:02d}" for i in range(12)], "tokens": rows}), tmp_path / "corpus.parquet")
@@ -106,12 +106,14 @@ def test_texts_on_both_sides_of_a_length_score_alike_in_any_batch(tmp_path, rope
         return pa.concat_tables(table.sort_by("example_id") for table in tables)
 
     first = scored("one", "score.shard_rows=1")
+    # the batches of `natural` are other ones too: its solve makes more of their rounding
+    solved = 2e-3 * np.abs(first["score"]).max() if "natural" in producer else 1e-5
     for other in (
         scored("all", "score.shard_rows=12", "score.batch_tokens=4096"),
         scored("some", "score.shard_rows=5", "score.batch_tokens=64"),
     ):
-        for name in first.column_names[1:3] if "natural" in producer else first.column_names[1:]:
-            np.testing.assert_allclose(first[name], other[name], atol=1e-5)
+        for name in first.column_names[1:]:
+            np.testing.assert_allclose(first[name], other[name], atol=1e-5 if name.startswith("base") else solved)
 
 
 def test_a_query_whose_rows_must_not_be_padded_together_is_refused(tmp_path):

@@ -15,6 +15,8 @@ from pipeline.run import finish
 from pipeline.specfile import parse_spec
 from tests.conftest import read_scores, run_without_ray
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[2] / "jobs" / "sql.md").read_text()
 VIEWS, *STATEMENTS = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
 CATALOG, POLARS, PYICEBERG = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

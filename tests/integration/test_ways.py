@@ -19,6 +19,8 @@ from pipeline.storage import remove_folder
 from tests.conftest import compiles, read_scores, run_without_ray, tuned
 from tests.small import Small, work_off
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = "model={factory: 'tests.unit.test_compiled:blocks'}"
 NATURAL = "producer={name: natural, sample_rows: 64, damping: 0.1}"
 
@@ -29,7 +31,6 @@ def small(tmp_path):
     return Small(tmp_path / "world")
 
 
-@pytest.mark.slow
 def test_scores_of_short_steps_agree(make_spec, tmp_path):
     """Natural steps on digits: within a hundredth of their length; base losses to rounding, counterparts' first order."""
     found = {
@@ -59,7 +60,6 @@ def test_a_score_does_not_depend_on_the_shard_it_is_in(small, tmp_path, way):
 
 
 @compiles
-@pytest.mark.slow
 def test_compiled_scores_are_the_same_to_rounding(make_spec, tmp_path, capsys):
     """Under any shard size the same to the bit; another run than one without, which is what it was before there were any."""
 

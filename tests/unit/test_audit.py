@@ -170,6 +170,7 @@ def cases(kinds):
     return [pytest.param(*kind, id=name, marks=[pytest.mark.slow] * (name in alike)) for name, kind in kinds.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "path", "said"), cases(MENDED))
 def test_damage_is_found_named_and_mended(run, small, damage, path, said, monkeypatch, capsys):
     """verify exits 6 and names the object; --mend and the run's own command bring back the bytes of before."""

@@ -19,6 +19,7 @@ def engine(size, queries=6, model=None):
     return LossEngine(model, TASK, [whole(model, size, seed=q) for q in range(queries)])
 
 
+@pytest.mark.slow
 def test_of_short_steps_the_faster_way_is_chosen():
     """By what was measured; both are said."""
     found = calibrate(engine(1e-4), BATCH, 6)

@@ -78,6 +78,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_backwards_for_all_and_forwards_for_each_agree(case):
     """To rounding; whatever the layers and the steps are; base losses are those of plain passes."""

@@ -57,6 +57,7 @@ def test_ray_reads_mode_and_token_anew(monkeypatch):
     assert AuthenticationMode.DISABLED == get_authentication_mode()
 
 
+@pytest.mark.slow
 def test_a_start_that_failed_leaves_no_process():
     """What was started since is killed, its children too; what was there before stays."""
     with subprocess.Popen(["sleep", "600"]) as own:

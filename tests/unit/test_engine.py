@@ -317,6 +317,7 @@ def test_counterparts_beyond_their_room_have_passes_of_their_own(room, sizes):
     assert np.array_equal(plain.counterpart_QN, got.counterpart_QN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["gradient", "jvp"])
 def test_derivatives_are_the_same_group_by_group(way):
     """Up to the order in which products are added up."""

@@ -95,6 +95,7 @@ def test_the_bad_ones_are_counted_as_they_are_found():
     assert (0.0, 1.0, 11, 2) == (found.inspected_P[0], found.inspected_P[-1], len(found.inspected_P), found.count)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=2).filter(lambda r: len({b for _, b in r}) == 2))
 def test_less_suspicious_is_the_mirror_of_more(rows):
     """Negated values give one minus the AUC; every curve climbs from nothing to all."""

@@ -13,6 +13,8 @@ from pipeline.errors import SpecError
 from pipeline.evaluate import detection
 from pipeline.judgements import agreement
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 1800
 ROWS = [("release", 0.21, 0.18, 0.24), ("natural", 0.48, 0.45, 0.51), ("random", -0.01, -0.04, 0.02)]
 BAD = np.arange(200) < 20
@@ -92,7 +94,6 @@ def test_each_method_has_its_colour(draw):
     assert WIDTH == pixels(draw([f"method {i}" for i in range(9)])).shape[1]
 
 
-@pytest.mark.slow
 def test_a_crowd_is_drawn_smaller():
     """Points by the thousand leave white between them."""
     few, many = (np.mean(pixels(scattered(points=n)) < 250) for n in (1000, 4000))

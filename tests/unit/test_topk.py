@@ -157,6 +157,7 @@ def test_the_order_is_value_then_example_id(pairs, k):
         assert list(range(1, len(got) + 1)) == [row["rank"] for row in got]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(rows, st.lists(st.integers(0, 60), max_size=4))
 def test_merged_source_sums_equal_the_whole(pairs, cuts):

@@ -203,6 +203,7 @@ def test_convolutions_share_with_channels_last():
     assert_plain(model, TASK, [moved(model, *names[-3:])], images())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changed", "tied"), [("model.layers.1", True), ("lm_head", False), ("model.norm", True)])
 def test_language_models_share_their_first_blocks(changed, tied, capsys):
     """The output layer, which the task takes out of the model, included."""
