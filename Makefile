@@ -39,13 +39,13 @@ demo-facts: install $(SMOLLM2) ## A language model learns facts; which sentences
 	$(BIN)/python -m jobs.traced runs/facts --before $(dir $(SMOLLM2))
 
 test: install ## The whole suite, in two processes that take test after test
-	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 --durations=40
+	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 -m 'not night' --durations=40
 
 test-fast: install ## The suite without Ray clusters and long truths, under 90 s
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not ray and not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not ray and not slow and not night'
 
 test-faults: install ## What a night does to a run, for real, and a table of what became of it: build/faults/faults.json
-	$(BIN)/python -m pytest -m ray tests/faults
+	$(BIN)/python -m pytest -m 'ray or night'
 
 check: install ## Format, lint, types, import contracts, fast tests
 	$(BIN)/ruff format --check .

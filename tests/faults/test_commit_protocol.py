@@ -506,6 +506,7 @@ def test_a_broken_protocol_is_caught(world, broken, extended, fate):
             sweep(world, extended, fate, stride=13 if broken is commit_first else 1)
 
 
+@pytest.mark.night
 @pytest.mark.timeout(1800)
 def test_more_of_the_same(world):
     """As above, for longer, and other examples every time."""

@@ -50,10 +50,10 @@ def kill(made, driver, name):
 @pytest.mark.parametrize(
     ("stage", "name", "whose"),
     [
-        ("tune", "raylet", "embedded"),
         ("score", "gcs_server", "embedded"),
-        ("tune", "gcs_server", "connected"),
         ("score", "raylet", "connected"),
+        pytest.param("tune", "raylet", "embedded", marks=pytest.mark.night),
+        pytest.param("tune", "gcs_server", "connected", marks=pytest.mark.night),
     ],
 )
 def test_a_cluster_that_is_lost_ends_the_command(

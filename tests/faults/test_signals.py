@@ -38,23 +38,29 @@ def stop(driver, number, times=1, group=False):
     return seconds  # the table of faults shows it; a bound of it here would test how busy the machine is
 
 
-@pytest.mark.parametrize("stage", ["tune", "score"])
-def test_a_signal_while_workers_work_ends_them_too(stage, make_spec, tmp_path, undisturbed, ledger):
-    """SIGTERM to the command alone; then Ctrl-C twice, which a terminal sends to all of its processes. It goes on after that."""
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("tune", signal.SIGTERM),
+        ("score", signal.SIGINT),
+        pytest.param("tune", signal.SIGINT, marks=pytest.mark.night),
+        pytest.param("score", signal.SIGTERM, marks=pytest.mark.night),
+    ],
+)
+def test_a_signal_while_workers_work_ends_them_too(stage, number, make_spec, tmp_path, undisturbed, ledger):
+    """SIGTERM to the command alone, or Ctrl-C twice, which a terminal sends to all of its processes. It goes on after that."""
     spec = make_spec(*SMALL, waiting_producer(tmp_path) if stage == "tune" else waiting_task(tmp_path))
     if stage == "score":
         tuned(spec)
-    tree, seconds = spec.model_dump(mode="json"), []
-    for number, times, group in ((signal.SIGTERM, 1, False), (signal.SIGINT, 2, True)):
-        with Driver(tmp_path, tree) as driver:
-            driver.until(lambda: begun(tmp_path, stage))
-            seconds.append(stop(driver, number, times, group))
-        (tmp_path / f"{stage} begun").unlink()
+    twice = number == signal.SIGINT
+    with Driver(tmp_path, spec.model_dump(mode="json")) as driver:
+        driver.until(lambda: begun(tmp_path, stage))
+        seconds = stop(driver, number, times=2 if twice else 1, group=twice)
     assert not list((tmp_path / "run").glob(".train-*")), "Ray Train's folder is left"
     let_go(tmp_path)
     run = run_without_ray(spec)
     finish(run)
-    ledger.enter(f"SIGTERM, then Ctrl-C twice, in stage {stage}", 3, max(seconds), run, undisturbed)
+    ledger.enter(f"{'Ctrl-C twice' if twice else 'SIGTERM'} in stage {stage}", 2, seconds, run, undisturbed)
 
 
 def test_a_signal_ends_a_calibration(make_spec, tmp_path):

@@ -24,7 +24,7 @@ from tests.faults.stepped import Actor, in_hand
 from tests.faults.test_commit_protocol import OVERRIDES, World, everything, require_same, require_whole
 from tests.small import products, work_off
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SHARD = "shard-000001"
 DAY_S = 24 * 3600
@@ -87,9 +87,7 @@ def by_turns(first, second, schedule):
     ended(first, second)
 
 
-@pytest.mark.parametrize(
-    "number", [4, pytest.param(12, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["some", "many"]
-)
+@pytest.mark.parametrize("number", [4, pytest.param(60, marks=pytest.mark.night)], ids=["some", "many"])
 def test_two_rankings_at_once_leave_one_that_is_whole(world, number):
     """With another k each, in turns of any length: no error, and tables and meta.json of one of them."""
     with in_hand():
@@ -99,11 +97,11 @@ def test_two_rankings_at_once_leave_one_that_is_whole(world, number):
             require_one_ranking(world, uri)
 
 
-@pytest.mark.timeout(1800)
-def test_a_ranking_that_stops_before_its_meta_is_written_over(world):
-    """It stands still at every request in turn, while another comes from beginning to end; then it goes on."""
+@pytest.mark.parametrize("stride", [9, pytest.param(2, marks=pytest.mark.night)])
+def test_a_ranking_that_stops_before_its_meta_is_written_over(world, stride):
+    """It stands still at a request, while another comes from beginning to end; then it goes on."""
     with in_hand():
-        for requests in itertools.count(0, 3):
+        for requests in itertools.count(0, stride):
             uri = started(world, "sealed")
             slow = Actor("rank 1", partial(rerank, uri, ["rank.k=1"]), uri)
             step(slow, requests)
@@ -119,7 +117,7 @@ def run_command(world, uri):
     return work_off(freeze(world.small.spec(uri, *OVERRIDES)))
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(6, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("number", [2, pytest.param(30, marks=pytest.mark.night)])
 def test_a_run_beside_a_ranking_leaves_one_that_is_whole(world, number):
     """The run's command looks at all that is there, and ranks by the spec's k."""
     with in_hand():
@@ -136,7 +134,7 @@ def grow(world, uri):
     return work_off(extend(uri, *world.small.later))
 
 
-@pytest.mark.parametrize("stride", [37, pytest.param(11, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("stride", [37, pytest.param(3, marks=pytest.mark.night)])
 def test_two_equal_extensions_at_once_are_one(world, stride):
     """One stands still at a request, the other comes from beginning to end, the first goes on: the same run, and no error."""
     with in_hand():
@@ -165,7 +163,7 @@ def with_old_leavings(world):
     return uri
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.night)])
 def test_gc_takes_nothing_that_a_driver_makes_meanwhile(world, stride):
     """The shard is scored again, under the names of the old leavings, while gc deletes these: no commit names what is gone."""
     with in_hand():
