@@ -45,7 +45,7 @@ test-fast: install ## The suite without Ray clusters and long truths, under 90 s
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not ray and not slow and not night'
 
 test-faults: install ## What a night does to a run, for real, and a table of what became of it: build/faults/faults.json
-	$(BIN)/python -m pytest -m 'ray or night' tests/faults tests/integration/test_flipped_bits.py
+	$(BIN)/python -m pytest -m 'ray or night' tests/faults tests/integration/test_flipped_bits.py tests/integration/test_kinds.py tests/bench/test_scale.py
 
 check: install ## Format, lint, types, import contracts, fast tests
 	$(BIN)/ruff format --check .

@@ -33,6 +33,7 @@ def test_the_files_part_runs_on_a_real_store(tmp_path, s3):
 
 
 @pytest.mark.ray
+@pytest.mark.night
 def test_the_parts_that_need_ray_run(tmp_path, ray_cluster, monkeypatch):
     """10 files of rows, and 200 shards of nothing, through the stage's own call; each measured once."""
     monkeypatch.setattr(scale, "PAIRS", 1)
