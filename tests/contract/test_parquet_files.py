@@ -183,6 +183,7 @@ def read_or_error(path):
         return str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", WRITTEN.values(), ids=WRITTEN)
 def test_no_changed_byte_of_a_page_with_a_checksum_is_read(options, tmp_path):
     """Bytes all over the pages, changed one at a time: the right rows, or an error that names the file."""

@@ -82,6 +82,7 @@ def test_status_counts_from_the_commits(finished):
     assert "2 of 3 shards, 86 rows scored" in invoke("status", finished.uri()).output
 
 
+@pytest.mark.slow
 def test_what_was_calibrated_is_compared_with_what_it_took(make_spec, tmp_path):
     """`plan --calibrate` predicts from a rehearsal and begins nothing; `status` shows measured against predicted."""
     spec, path = make_spec(), tmp_path / "spec.yaml"

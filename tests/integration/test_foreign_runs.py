@@ -43,6 +43,7 @@ def of_somebody_else(make_spec, world, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_its_texts_steer_no_terminal_and_no_page(of_somebody_else, monkeypatch, capsys):
     """Ids, sources and query ids: shown as escapes by every command that names them; escaped or left out in the page."""
     uri = of_somebody_else.uri()

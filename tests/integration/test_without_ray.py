@@ -28,6 +28,8 @@ from pipeline.specfile import load_spec
 from pipeline.tuner import Tuner
 from tests.conftest import CORPUS_ROWS, read_scores, run_without_ray, tuned
 
+pytestmark = pytest.mark.slow
+
 
 def score_bytes(run):
     return {
@@ -210,7 +212,6 @@ def test_ranked_rows_are_what_sql_over_the_scores_lists(make_spec):
         assert f"author-{int(row['example_id'][-3:]) % 3}" == row["author"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["signed", "absolute", "relative"])
 def test_ranking_again_equals_having_ranked_so(make_spec, transform):
     """Another k and transform, from the score files, gives the table that a run with them would have made."""
@@ -351,7 +352,6 @@ def test_what_is_ranked_is_what_was_committed(make_spec):
     rerank(run.uri(), ["rank.k=5"])
 
 
-@pytest.mark.slow
 def test_text_tables_reach_the_picture(make_spec, world, tmp_path):
     """CSV with pixels as JSON text and labels as text: the same scores as from Parquet, and a contact sheet."""
     path = tmp_path / "corpus.csv"
@@ -367,7 +367,6 @@ def test_text_tables_reach_the_picture(make_spec, world, tmp_path):
     assert Path(run.uri("report", "contact_sheet.png")).exists()
 
 
-@pytest.mark.slow
 def test_a_stray_type_among_json_lines_does_not_stop_the_ranking(make_spec, world, tmp_path):
     """One label is text among integers: it is read as the number that it is, and the payload column becomes text."""
     rows = world.table().to_pylist()

@@ -292,6 +292,7 @@ def test_what_is_not_ours_is_no_orphan(run, monkeypatch, capsys):
     assert set(foreign) <= set(objects(run))
 
 
+@pytest.mark.slow
 def test_a_ranking_that_is_not_what_was_made_is_found_and_made_anew(run, monkeypatch, capsys):
     """A flipped bit in topk/ranked.parquet: verify names it, `show` refuses it, the run's command ranks again."""
     before = objects(run)

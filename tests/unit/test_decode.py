@@ -267,6 +267,7 @@ COLUMNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "values"), COLUMNS.values(), ids=COLUMNS)
 @settings(max_examples=50, deadline=None)
 @given(st.data())

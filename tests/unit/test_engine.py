@@ -67,6 +67,7 @@ def rows_of(batch, which):
     return {name: np.ascontiguousarray(array[which]) for name, array in batch.arrays.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("way", ["difference", "gradient", "jvp"])
 @pytest.mark.parametrize(("room_bytes", "is_base_known"), [(None, False), (1, False), (1, True)])

@@ -22,6 +22,7 @@ def calls(path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["from_pretrained", "from_config"])
 def test_every_call_of_transformers_refuses_remote_code(word):
     """On a terminal transformers asks, and one key runs it, where nothing is said."""

@@ -45,6 +45,7 @@ def scores(pairs, query_id="q"):
     ).cast(SCORES)
 
 
+@pytest.mark.slow
 @given(rows, st.integers(1, 8), st.lists(st.integers(0, 60), max_size=4), st.randoms(use_true_random=False))
 def test_merged_parts_equal_the_whole(pairs, k, cuts, random):
     """Cut anywhere, merge in any order: the same rows, in the same order."""
