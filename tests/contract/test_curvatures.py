@@ -21,6 +21,8 @@ from pipeline.extensions import load_task
 from pipeline.importing import construct
 from pipeline.tasks.classification import Classification
 
+pytestmark = pytest.mark.slow
+
 CLASSES, TEMPERATURE, SEED, DAMPING = 3, 2.0, 7, 0.01
 FITTED = sorted(set(BUILTIN) - {"gauss_newton"})
 every_curvature = pytest.mark.parametrize("word", FITTED)
@@ -237,7 +239,6 @@ def test_what_is_saved_solves_as_what_was_fitted(word):
     )
 
 
-@pytest.mark.slow
 @every_curvature
 def test_a_seed_says_what_is_drawn(word):
     """The same tensors for the same seed, in whatever order batches come; others for another; the base as it was."""
@@ -263,7 +264,6 @@ def _work(rank, workers, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_workers_together_find_what_one_finds(tmp_path):
     """Two processes with two batches and one, against one with all three."""
     torch.multiprocessing.spawn(_work, (2, tmp_path), 2)

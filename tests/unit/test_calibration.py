@@ -10,6 +10,8 @@ from pipeline.calibration import calibrate
 from pipeline.engine import LossEngine
 from tests.unit.test_derivatives import TASK, Attention, images, whole
 
+pytestmark = pytest.mark.slow
+
 BATCH = next(images().batches(32))
 
 
@@ -19,7 +21,6 @@ def engine(size, queries=6, model=None):
     return LossEngine(model, TASK, [whole(model, size, seed=q) for q in range(queries)])
 
 
-@pytest.mark.slow
 def test_of_short_steps_the_faster_way_is_chosen():
     """By what was measured; both are said."""
     found = calibrate(engine(1e-4), BATCH, 6)

@@ -9,6 +9,8 @@ from scipy.stats import spearmanr
 
 from pipeline.judgements import agreement, contrast, linear_datamodelling
 
+pytestmark = pytest.mark.slow
+
 QUERIES, EXAMPLES, SUBSETS = 3, 8, 6
 SCORES = arrays(np.int8, (QUERIES, EXAMPLES)).map(lambda score: score.astype(np.float64))
 LOSSES = arrays(np.int8, (SUBSETS, 2, QUERIES)).map(lambda loss: loss.astype(np.float64))
