@@ -106,14 +106,14 @@ def test_texts_on_both_sides_of_a_length_score_alike_in_any_batch(tmp_path, rope
         return pa.concat_tables(table.sort_by("example_id") for table in tables)
 
     first = scored("one", "score.shard_rows=1")
-    # the batches of `natural` are other ones too: its solve makes more of their rounding
+    # in batches of other tokens `natural` is solved otherwise too, and its solve makes more of their rounding
     solved = 2e-3 * np.abs(first["score"]).max() if "natural" in producer else 1e-5
-    for other in (
-        scored("all", "score.shard_rows=12", "score.batch_tokens=4096"),
-        scored("some", "score.shard_rows=5", "score.batch_tokens=64"),
+    for other, tolerance in (
+        (scored("all", "score.shard_rows=12", "score.batch_tokens=4096"), solved),
+        (scored("some", "score.shard_rows=5", "score.batch_tokens=64"), 1e-5),
     ):
         for name in first.column_names[1:]:
-            np.testing.assert_allclose(first[name], other[name], atol=1e-5 if name.startswith("base") else solved)
+            np.testing.assert_allclose(first[name], other[name], atol=1e-5 if name.startswith("base") else tolerance)
 
 
 def test_a_query_whose_rows_must_not_be_padded_together_is_refused(tmp_path):
