@@ -112,19 +112,32 @@ def compiled(model: nn.Module, task: Task) -> Compiled:
 
 def blocks_in(model: nn.Module, called: Collection[nn.Module]) -> list[nn.Module]:
     """A model's blocks, in the order of `called`, which says what takes part; without any, its layers."""
-    repeated: dict[type[nn.Module], list[nn.Module]] = {}
-    for module in model.modules():
-        if module is not model and module in called and _has_children(module):
-            repeated.setdefault(type(module), []).append(module)
-    listed = {item for module in model.modules() if isinstance(module, _LISTS) for item in module.children()}
-    several = [found for found in repeated.values() if len(found) > 1 and not _nested(found)]
-    in_lists = [found for found in several if listed.issuperset(found)]
-    layers = [module for module in model.modules() if not _has_children(module) and _has_matrix(module)]
-    kinds = in_lists or several or [layers]
+    kinds = _kinds(model, called)
     most = max(kinds, key=_size_of)
     finer = [found for found in kinds if len(found) > len(most) and _size_of(found) >= NEARLY * _size_of(most)]
     blocks = set(max(finer or [most], key=_size_of))
     return [module for module in called if module in blocks]
+
+
+def repeated(model: nn.Module) -> set[str]:
+    """Names of the parameters of all that a model repeats: of an encoder's blocks and of a decoder's, where it has both."""
+    inside = {
+        id(each) for kind in _kinds(model, list(model.modules())) for module in kind for each in module.parameters()
+    }
+    return {name for name, each in model.named_parameters() if id(each) in inside}
+
+
+def _kinds(model: nn.Module, called: Collection[nn.Module]) -> list[list[nn.Module]]:
+    """Modules of one class that a model repeats, for each such class; of a model without any, its layers."""
+    by_class: dict[type[nn.Module], list[nn.Module]] = {}
+    for module in model.modules():
+        if module is not model and module in called and _has_children(module):
+            by_class.setdefault(type(module), []).append(module)
+    listed = {item for module in model.modules() if isinstance(module, _LISTS) for item in module.children()}
+    several = [found for found in by_class.values() if len(found) > 1 and not _nested(found)]
+    in_lists = [found for found in several if listed.issuperset(found)]
+    layers = [module for module in model.modules() if not _has_children(module) and _has_matrix(module)]
+    return in_lists or several or [layers]
 
 
 def _calls(model: nn.Module, task: Task, batch: Batch) -> _Calls:

@@ -1,4 +1,6 @@
-"""What a counterpart is on disk and in an engine: the tensors in which it differs from the base, whole or as a low-rank product.
+"""What a counterpart is on disk and in an engine: the tensors in which it differs from the base.
+
+Of each either what it becomes, or what is added to it: a tensor, or a product of low rank.
 
 Shapes: O outputs, I inputs, R rank.
 """
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import ContractError
 
-_LEFT, _RIGHT = ".low_rank_left", ".low_rank_right"
+_LEFT, _RIGHT, _ADDED = ".low_rank_left", ".low_rank_right", ".added_step"
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,43 @@ class LowRank:
         out.copy_(base.to(dtype).addmm(self.left.to(dtype), self.right.to(dtype)))
 
 
-Change = Tensor | LowRank
+@dataclass(frozen=True)
+class Added:
+    """A change of a tensor in a precision of its own, which the changed tensor may not have: bfloat16 has 8 bits.
+
+    Args:
+        step: What is added.
+    """
+
+    step: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        return self.step.shape
+
+    def to(self, like: Tensor) -> Added:
+        """On another tensor's device, in its precision: few bits of a step are as many as its own size asks for."""
+        return Added(self.step.to(like))
+
+    def added_to(self, base: Tensor, out: Tensor) -> None:
+        """The changed tensor into `out`, rounded once."""
+        out.copy_(base.to(torch.promote_types(base.dtype, self.step.dtype)) + self.step)
+
+
+Change = Tensor | LowRank | Added
 """Of a tensor: what it becomes, or what is added to it."""
 
 
-def between(base: nn.Module, counterpart: nn.Module, factors: Mapping[str, LowRank]) -> dict[str, tuple[Change, float]]:
+def between(
+    base: nn.Module, counterpart: nn.Module, steps: Mapping[str, LowRank | Added]
+) -> dict[str, tuple[Change, float]]:
     """Name -> (change on the CPU, its L2 norm) of every parameter and buffer that differs; of tied ones the first name.
 
     Args:
         base: The base model.
         counterpart: A model of the same names.
-        factors: Changes that are known as products; the counterpart holds their result.
+        steps: What is known to be added to the base, by name; the counterpart holds the result, as far as its precision goes.
 
     Raises:
         ContractError: Tensors that the base ties differ in the counterpart: the base's one slot cannot hold both.
@@ -72,13 +100,20 @@ def between(base: nn.Module, counterpart: nn.Module, factors: Mapping[str, LowRa
                     f"{tied_to} and {name} are one tensor in the base and two in the counterpart",
                     "save the base with weights of their own for both (tie_word_embeddings: false)",
                 )
+            continue
+        step = steps.get(name)
+        if isinstance(step, Added):  # which the counterpart's precision may not show
+            if step.step.any():
+                changed[name] = (Added(_on_cpu(step.step)), float(step.step.double().norm()))
         elif not torch.equal(before[name], tensor):
             wide = torch.promote_types(tensor.dtype, torch.float64)  # complex numbers stay so
             norm = float((tensor.to(wide) - before[name].to(wide)).norm())
-            factor = factors.get(name)
-            whole = tensor.detach().cpu().contiguous().clone() if factor is None else factor.to(torch.empty(0))
-            changed[name] = (whole, norm)
+            changed[name] = (_on_cpu(tensor) if step is None else step.to(torch.empty(0)), norm)
     return changed
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
 
 
 def to_bytes(changes: Mapping[str, Change]) -> bytes:
@@ -87,6 +122,8 @@ def to_bytes(changes: Mapping[str, Change]) -> bytes:
     for name, change in changes.items():
         if isinstance(change, LowRank):
             tensors |= {name + _LEFT: change.left.contiguous(), name + _RIGHT: change.right.contiguous()}
+        elif isinstance(change, Added):
+            tensors[name + _ADDED] = change.step
         else:
             tensors[name] = change
     return safetensors.torch.save(tensors)
@@ -118,6 +155,8 @@ def _changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
         if name.endswith(_LEFT):
             whole = name.removesuffix(_LEFT)
             changes[whole] = LowRank(tensor, tensors[whole + _RIGHT])
+        elif name.endswith(_ADDED):
+            changes[name.removesuffix(_ADDED)] = Added(tensor)
         elif not name.endswith(_RIGHT):
             changes[name] = tensor
     return changes

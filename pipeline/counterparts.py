@@ -1,8 +1,8 @@
 """One model, and its counterparts put in its place: tensors by pointer, without a copy.
 
 A counterpart is the tensors in which it differs from the base. The one module is pointed at them and back again (a
-pointer per tensor), so memory is the base plus the differences and any `nn.Module` works as it is. Of a tensor that
-differs by a low-rank product only the factors are held; it is made of them when its counterpart's turn comes.
+pointer per tensor), so memory is the base plus the differences and any `nn.Module` works as it is. Of a tensor to which
+something is added, a low-rank product above all, only that is held; it is made of it when its counterpart's turn comes.
 
 Counterparts for which there is no room beside the base wait where they were given, and are held group by group.
 """
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .changes import Change, LowRank
+from .changes import Added, Change, LowRank
 from .layer_rules import slots_of
 from .numerics import dtype_of, to_loss_dtype
 
@@ -88,14 +88,14 @@ class Counterparts:
         """What a counterpart was given as; of tied tensors under one name."""
         return {self._names[id(slot)]: change for slot, change in self._waiting[position]}
 
-    def step(self, position: int) -> dict[str, Change]:
+    def step(self, position: int) -> dict[str, Tensor | LowRank]:
         """What a counterpart adds to the base."""
-        return {
-            self._names[id(slot)]: change
-            if isinstance(change, LowRank)
-            else to_loss_dtype(change) - to_loss_dtype(self._bases[id(slot)])
-            for slot, change in self._swaps(position)
-        }
+        return {self._names[id(slot)]: self._step(slot, change) for slot, change in self._swaps(position)}
+
+    def _step(self, slot: Tensor, change: Change) -> Tensor | LowRank:
+        if isinstance(change, Tensor):
+            return to_loss_dtype(change) - to_loss_dtype(self._bases[id(slot)])
+        return to_loss_dtype(change.step) if isinstance(change, Added) else change
 
     @contextmanager
     def held(self, group: Sequence[int]) -> Iterator[None]:
@@ -129,12 +129,12 @@ class Counterparts:
             self._held = {position: self._placed(swaps) for position, swaps in self._held.items()}
 
     def _keep(self) -> None:
-        """Hold them all, for good, if there is room; and have room for products."""
+        """Hold them all, for good, if there is room; and have room for what is made of steps."""
         if self._room_bytes is None:
             self._waiting = [self._placed(swaps) for swaps in self._waiting]
         swaps = [swap for found in self._waiting for swap in found]
-        products = [slot for slot, change in swaps if isinstance(change, LowRank)]
-        self._made = {id(slot): torch.empty_like(self._bases[id(slot)]) for slot in products}
+        stepping = [slot for slot, change in swaps if not isinstance(change, Tensor)]
+        self._made = {id(slot): torch.empty_like(self._bases[id(slot)]) for slot in stepping}
 
     def _by_slot(self, changes: Mapping[str, Change]) -> _Swaps:
         """Of every tensor that differs; tied names share one slot."""
@@ -143,7 +143,7 @@ class Counterparts:
             slot = self._slots[name]
             if tuple(slot.shape) != tuple(change.shape):
                 raise ValueError(f"{name} is {list(change.shape)} in the counterpart, {list(slot.shape)} in the model")
-            found[id(slot)] = (slot, change if isinstance(change, LowRank) else change.detach())
+            found[id(slot)] = (slot, change.detach() if isinstance(change, Tensor) else change)
         return list(found.values())
 
     def _bytes(self, position: int) -> int:
@@ -160,17 +160,19 @@ class Counterparts:
 
     def _placed(self, swaps: _Swaps) -> _Swaps:
         """On the base's device, as the base lies there; what is so already is not copied."""
-        return [
-            (slot, change.to(slot) if isinstance(change, LowRank) else _in_order(change.to(slot), self._order))
-            for slot, change in swaps
-        ]
+        return [(slot, self._in_order(change.to(slot))) for slot, change in swaps]
+
+    def _in_order(self, change: Change) -> Change:
+        if isinstance(change, Added):
+            return Added(_in_order(change.step, self._order))
+        return change if isinstance(change, LowRank) else _in_order(change, self._order)
 
     def _changed(self, slot: Tensor, change: Change) -> Tensor:
-        """What a slot holds under a counterpart; a product is written where the one before it stood."""
-        if isinstance(change, LowRank):
-            change.added_to(self._bases[id(slot)], self._made[id(slot)])
-            return self._made[id(slot)]
-        return change
+        """What a slot holds under a counterpart; what is made of a step is written where the one before it stood."""
+        if isinstance(change, Tensor):
+            return change
+        change.added_to(self._bases[id(slot)], self._made[id(slot)])
+        return self._made[id(slot)]
 
 
 def _in_order(tensor: Tensor, order: torch.memory_format | None) -> Tensor:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from .changes import Change, LowRank
-from .layer_rules import Rule, Steps, rules_of, slots_of, whole
+from .changes import LowRank
+from .layer_rules import Rule, Step, Steps, rules_of, slots_of, whole
 from .layers import entry_rows
 
 Derivative = Literal["gradient", "jvp"]
 """How it is computed: backwards for all counterparts at once, or forwards for each."""
+_EXPERTS = "_experts_implementation"
 TOLERANCE, COARSE_TOLERANCE = 1e-2, 0.1
 """By how much derivatives layer by layer may be off from autograd's, relative to them; the second in half precision."""
 
@@ -65,8 +66,8 @@ class Derivatives:
         for row_B, each_BQ in found:
             if row_B is not None:
                 total_BQ.index_add_(0, row_B, each_BQ.to(total_BQ.dtype))
-            elif len(each_BQ) == len(loss_B):
-                total_BQ += each_BQ
+            elif len(each_BQ) and len(each_BQ) % len(loss_B) == 0:  # rows one after the other, or all positions of each
+                total_BQ += each_BQ.view(len(loss_B), -1, len(self._steps)).sum(dim=1)
             else:
                 raise ValueError(f"a layer was called with {len(each_BQ)} entries for {len(loss_B)} rows")
         return loss_B.detach(), total_BQ
@@ -100,7 +101,7 @@ class Derivatives:
             raise ValueError(f"derivatives layer by layer are off by {off:.1%} from autograd's")
 
 
-def _product(slopes: Mapping[str, Tensor], step: Mapping[str, Change]) -> Tensor:
+def _product(slopes: Mapping[str, Tensor], step: Mapping[str, Step]) -> Tensor:
     """A gradient times a step, float32."""
     found = [
         ((slopes[name].float() @ each.right.float().T) * each.left.float()).sum()
@@ -117,7 +118,7 @@ def _as_real(values: Tensor) -> Tensor:
     return torch.view_as_real(values) if values.is_complex() else values
 
 
-def forward_along(model: nn.Module, step: Mapping[str, Change], loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def forward_along(model: nn.Module, step: Mapping[str, Step], loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Losses [B] and their derivatives [B] along one step, by one pass forwards on dual numbers.
 
     Raises:
@@ -132,6 +133,22 @@ def forward_along(model: nn.Module, step: Mapping[str, Change], loss: Callable[[
         with _standing_in(model, duals):
             loss_B, derivative_B = forward_ad.unpack_dual(loss())
         return loss_B, torch.zeros_like(loss_B) if derivative_B is None else derivative_B
+
+
+@contextmanager
+def experts_apart(model: nn.Module) -> Iterator[None]:
+    """In the block, experts of Hugging Face models are called one by one: kernels for all of them have no forward derivative."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    before = [(config, getattr(config, _EXPERTS, None)) for config in configs.values()]
+    try:
+        for config, name in before:
+            if name is not None:
+                setattr(config, _EXPERTS, "eager")
+        yield
+    finally:
+        for config, name in before:
+            if name is not None:
+                setattr(config, _EXPERTS, name)
 
 
 @contextmanager

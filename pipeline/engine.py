@@ -22,7 +22,7 @@ from .batches import Batch
 from .changes import Change
 from .compiled import Compiled
 from .counterparts import Counterparts
-from .derivatives import Derivative, Derivatives, forward_along
+from .derivatives import Derivative, Derivatives, experts_apart, forward_along
 from .losses import Losses
 from .numerics import cast
 from .passes import LossFunction, Passes
@@ -225,9 +225,10 @@ class LossEngine:
         """Losses [B] and derivatives [B, Q]."""
         loss, rows = partial(self._passes.loss_B, tensors), len(next(iter(tensors.values())))
         try:
-            if way == "jvp":
-                return self._forwards(loss, chosen)
-            return self._backward_of(tensors, chosen).along(loss, rows)
+            with experts_apart(self._model):
+                if way == "jvp":
+                    return self._forwards(loss, chosen)
+                return self._backward_of(tensors, chosen).along(loss, rows)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             kind = type(self._model).__name__
             raise ValueError(

@@ -17,12 +17,13 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from .changes import Change, LowRank
+from .changes import LowRank
 from .layers import Layer, Lookup, Scale, row_slices, uses_in
 
 PIECE_BYTES = 1 << 26
 """Gradients of single examples that are held at a time, of one layer."""
-Steps = Sequence[Mapping[str, Change]]
+Step = Tensor | LowRank
+Steps = Sequence[Mapping[str, Step]]
 """Per counterpart, parameter or buffer name -> what is added to the base's."""
 
 
@@ -234,6 +235,6 @@ def _stacked(name: str, slots: Mapping[str, Tensor], steps: Steps) -> Tensor:
     return torch.stack([whole(step[name]).to(slot) if name in step else zero for step in steps])
 
 
-def whole(step: Change) -> Tensor:
+def whole(step: Step) -> Tensor:
     """A step as one tensor."""
     return step.left @ step.right if isinstance(step, LowRank) else step

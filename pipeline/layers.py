@@ -221,9 +221,16 @@ def uses_in(model: nn.Module, chosen: Mapping[str, Tensor]) -> list[Use]:
             found.append(Layer(module, weight, bias))
         elif isinstance(module, nn.Conv1d | nn.Conv2d):
             found += [Layer(module, weight, bias)] if module.groups == 1 else []
-        elif len({each.shape for each in own.values()}) == 1 and not list(module.children()):
+        elif _may_scale(module, own):
             found.append(Scale(module, weight, bias))
     return found
+
+
+def _may_scale(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
+    """Whether a module may be a norm: of a matrix, as a router of experts has, only torch's own are."""
+    shapes = {each.shape for each in own.values()}
+    flat = all(len(shape) < 2 for shape in shapes) or isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    return len(shapes) == 1 and flat and not list(module.children())
 
 
 def layers_in(model: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, Layer]:

@@ -144,7 +144,10 @@ class Natural(Extension):
     `ekfac`, layer by layer in an eigenbasis (EK-FAC); `gfim`, one matrix for all columns of a weight (HyperINF); `diagonal`,
     each number by itself (Attribution by Unlearning)."""
     damping: _Positive | None = None
-    """Added to the curvature's diagonal, in nats. Null: chosen on rows of the corpus that are held out."""
+    """Added to the curvature's diagonal, in nats. Null: `damping_share`, else chosen on rows of the corpus that are held out."""
+    damping_share: _Positive | None = None
+    """The same as a share of each layer's own mean eigenvalue, for curvatures that are fitted. Layers of language models are bent
+    so differently that no damping in nats suits them all."""
     iterations: _Count = 20
     """Conjugate-gradient iterations of `gauss_newton` at most; each goes through the sample once."""
     tolerance: _Positive = 1e-3
@@ -169,6 +172,11 @@ class Natural(Extension):
 
     @model_validator(mode="after")
     def _one_choice(self) -> Natural:
+        if self.damping_share is not None:
+            if self.damping is not None:
+                raise ValueError("damping is in nats, damping_share in each layer's mean eigenvalue: give one of them")
+            if self.curvature == "gauss_newton":
+                raise ValueError("damping_share goes with a curvature of layers: ekfac, gfim or diagonal")
         _names_or_place(self.parameters, self.last_blocks)
         return self
 

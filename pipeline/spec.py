@@ -16,6 +16,9 @@ from .producer_choices import Reference, Unlearn
 from .records import Transform
 from .sections import Section, Uri
 
+LANGUAGE_TASKS = ("causal_lm", "seq2seq")
+FACTORED = {"curvature": "ekfac", "damping_share": 0.1}
+"""Of `natural` for language models, where nothing else is given."""
 TEMPERATURE, RELEASED_TEMPERATURE = 2.0, 1.0
 """Of classification where none is given: what was judged best, and that of the released recipe."""
 _Count = Annotated[int, Field(ge=1)]
@@ -213,7 +216,8 @@ class Spec(Section):
     queries: QueriesSection | None = None
     """What is asked about. Null with producers that tune on nothing (reference, mask_heads): they have one counterpart."""
     producer: ProducerSection = Unlearn()
-    """How a counterpart is made from the base model and a query. Left out: `natural` for classification, else `unlearn`."""
+    """How a counterpart is made from the base model and a query. Left out: `natural` for classification and
+    language models, else `unlearn`."""
     score: ScoreSection = ScoreSection()
     """How the corpus is cut up and run through the models."""
     rank: RankSection = RankSection()
@@ -230,7 +234,11 @@ class Spec(Section):
     def _judged_best(cls, data: Any) -> Any:
         """What is left out becomes what was judged best for the task (decision 12)."""
         task = data.get("task") if isinstance(data, Mapping) else None
-        if not isinstance(task, Mapping) or task.get("name", "classification") != "classification":
+        if not isinstance(task, Mapping):
+            return data
+        if task.get("name") in LANGUAGE_TASKS:
+            return _judged_best_for_texts(data)
+        if task.get("name", "classification") != "classification":
             return data
         producer = data.get("producer") or {"name": "natural"}
         released = isinstance(producer, Mapping) and producer.get("preset") == "paper"
@@ -256,3 +264,15 @@ class Spec(Section):
                 "ensemble: producer reference compares one model with one other; make a run of each pair of checkpoints"
             )
         return self
+
+
+def _judged_best_for_texts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`natural` by factored curvature and derivatives, as far as nothing else is given."""
+    producer, score = data.get("producer") or {"name": "natural"}, data.get("score") or {}
+    if not isinstance(producer, Mapping) or producer.get("name") != "natural" or not isinstance(score, Mapping):
+        return dict(data)
+    given = producer.keys() & {"curvature", "damping", "damping_share"}
+    producer = {**({} if given else FACTORED), **producer}
+    if not score.keys() & {"way", "compile"} and producer.get("curvature") != "gauss_newton":
+        score = {**score, "way": "gradient"}
+    return {**data, "producer": producer, "score": score}

@@ -169,7 +169,7 @@ class Tuner:
         with self._about(query_id):
             before = self._query_loss(self._base, query)
             after = self._query_loss(produced.model.eval(), query)
-        changed = changes.between(self._base, produced.model, produced.factors)
+        changed = changes.between(self._base, produced.model, produced.added)
         if (
             _tensor_versions(self._base) != self._base_versions
         ):  # by this query or an earlier one: all that follow are void
@@ -230,7 +230,9 @@ class Tuner:
             mine.append(Sample(batches[rank::workers], part.items, numbers))
             start += len(batches)
         rows = sum(shard.rows for shard in self._run.shards[: self._run.additions[0].stop_shard])
-        return Setting(self._base, self._task, mine[2], mine[1], probe, mine[0] + mine[1] + mine[2], rows, seed)
+        first_order = self._run.spec.score.way in ("gradient", "jvp")
+        whole = mine[0] + mine[1] + mine[2]
+        return Setting(self._base, self._task, mine[2], mine[1], probe, whole, rows, seed, first_order)
 
     def _batches(self, inputs: Inputs) -> list[Batch]:
         """All of some rows, as the curvature takes them."""

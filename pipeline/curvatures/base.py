@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..blocks import tunable
+from ..errors import NumericsError
 from ..tasks.base import Batch, Task
 
 
@@ -173,6 +174,31 @@ class Curvature(Protocol):
 
         Args:
             slope_QP: Right-hand sides.
-            dampings: Added to the diagonal, above 0.
+            dampings: Added to the diagonal, above 0: in nats, or as shares (`units`).
         """
         ...
+
+
+def units(values: Mapping[str, Tensor], by_share: bool) -> dict[str, float]:
+    """What a damping is counted in, for every part of a curvature: in nats, or in the mean of the part's own eigenvalues.
+
+    The parts of a model are bent so differently that no damping in nats suits them all; a share of each one's mean does, as
+    Grosse et al. have it (2308.03296).
+
+    Args:
+        values: Part -> its eigenvalues, of any shape. A part without curvature has the mean over all others.
+        by_share: Whether dampings are shares.
+
+    Returns:
+        Part -> what a damping is multiplied by before it is added to the part's eigenvalues.
+
+    Raises:
+        NumericsError: Shares are asked for, and all eigenvalues are 0.
+    """
+    if not by_share:
+        return dict.fromkeys(values, 1.0)
+    means = {name: float(each.double().mean()) for name, each in values.items()}
+    bent = [mean for mean in means.values() if mean > 0]
+    if not bent:
+        raise NumericsError("the corpus's loss does not bend: no natural step", "is the model certain of all its rows?")
+    return {name: mean if mean > 0 else sum(bent) / len(bent) for name, mean in means.items()}

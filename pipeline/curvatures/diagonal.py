@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..numerics import to_loss_dtype
 from ..tasks.base import Batch, Task
-from .base import Parameters, Sample
+from .base import Parameters, Sample, units
 from .fisher import with_drawn_labels
 from .per_example import PerExample
 
@@ -23,8 +23,9 @@ class Diagonal:
 
     exact: ClassVar[bool] = False
 
-    def __init__(self) -> None:
-        self._diagonal_P: Tensor | None = None
+    def __init__(self, by_share: bool = False) -> None:
+        self._by_share = by_share
+        self._diagonal_P = self._unit_P = torch.empty(0)
 
     def fit(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int
@@ -38,11 +39,15 @@ class Diagonal:
     ) -> None:
         """See Curvature."""
         self._diagonal_P = parameters.flat([tensors[name] for name in parameters.names])
+        unit = units(tensors, self._by_share)
+        self._unit_P = parameters.flat(
+            [tensors[name].new_tensor(unit[name]).expand_as(tensors[name]) for name in parameters.names]
+        )
 
     def solve(self, slope_QP: Tensor, dampings: Sequence[float]) -> list[Tensor]:
         """See Curvature."""
-        assert self._diagonal_P is not None, "load it first"
-        return [(slope_QP / (self._diagonal_P + damping)).to(slope_QP.dtype) for damping in dampings]
+        assert len(self._diagonal_P), "load it first"
+        return [(slope_QP / (self._diagonal_P + damping * self._unit_P)).to(slope_QP.dtype) for damping in dampings]
 
 
 def mean_squares(

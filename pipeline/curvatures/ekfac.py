@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..blocks import repeated
 from ..layers import Layer, layers_in
 from ..numerics import to_loss_dtype
 from ..tasks.base import Batch, Task
-from .base import Parameters, Sample
+from .base import Parameters, Sample, units
 from .diagonal import mean_squares
 from .fisher import with_drawn_labels
 from .per_example import PerExample, Seen
@@ -35,16 +36,22 @@ class EKFAC:
 
     Layers are nn.Linear, nn.Conv1d, nn.Conv2d (without groups) and the Conv1D of transformers, called once or several times.
     All else gets the diagonal of its Fisher matrix: norms, embeddings, grouped convolutions, weights that are tied or used by
-    other means than their layer's call (in nn.MultiheadAttention), layers that are not called with rows along the first axis, and
-    those with a side beyond LARGEST_SIDE.
+    other means than their layer's call (in nn.MultiheadAttention), layers that are not called with rows along the first axis,
+    those with a side beyond LARGEST_SIDE, and of a language model what is outside of its blocks, the output layer above all:
+    there the diagonal ranks better (decision 18).
+
+    Args:
+        by_share: Whether dampings are shares of each layer's mean eigenvalue, and of the mean of each diagonal.
     """
 
     exact: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, by_share: bool = False) -> None:
+        self._by_share = by_share
         self._parameters: Parameters | None = None
         self._layers: dict[str, Layer] = {}
         self._tensors: dict[str, Tensor] = {}
+        self._units: dict[str, float] = {}
 
     def fit(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int
@@ -58,7 +65,12 @@ class EKFAC:
         drawn = with_drawn_labels(model, task, sample, seed, parameters.device)
         per_example = PerExample(model, task, parameters, drawn)
         sides = {name: _sides(layer, parameters) for name, layer in per_example.layers.items()}
-        layers = {name: layer for name, layer in per_example.layers.items() if max(sides[name]) <= LARGEST_SIDE}
+        inside = repeated(model) if hasattr(task, "token_ids_BT") else sides.keys()
+        layers = {
+            name: layer
+            for name, layer in per_example.layers.items()
+            if max(sides[name]) <= LARGEST_SIDE and name in inside
+        }
         kept = {name for layer in layers.values() for name in layer.names}
         others = [name for name in parameters.names if name not in kept]
         tensors = _bases(per_example, drawn, {name: sides[name] for name in layers}, parameters)
@@ -73,6 +85,8 @@ class EKFAC:
         layers = layers_in(model, parameters.tensors)
         self._layers = {name: layer for name, layer in layers.items() if f"{name}/{_VALUES}" in tensors}
         self._parameters, self._tensors = parameters, dict(tensors)
+        values = {name: each for name, each in tensors.items() if name.endswith((_VALUES, _DIAGONAL))}
+        self._units = units(values, self._by_share)
 
     def solve(self, slope_QP: Tensor, dampings: Sequence[float]) -> list[Tensor]:
         """See Curvature."""
@@ -83,14 +97,17 @@ class EKFAC:
         for damping in dampings:
             solved: dict[str, Tensor] = {}
             for name, layer in self._layers.items():
-                divided_QOI = turned[name] / (tensors[f"{name}/{_VALUES}"] + damping)
+                divided_QOI = turned[name] / self._damped(f"{name}/{_VALUES}", damping)
                 back_QOI = tensors[f"{name}/{_OUTPUTS}"] @ divided_QOI @ tensors[f"{name}/{_INPUTS}"].mT
                 solved |= layer.parted(back_QOI)
             for name, slope in slopes.items():
                 if name not in solved:
-                    solved[name] = slope / (tensors[f"{name}/{_DIAGONAL}"] + damping)
+                    solved[name] = slope / self._damped(f"{name}/{_DIAGONAL}", damping)
             found.append(self._parameters.flat([solved[name] for name in slopes]).to(slope_QP.dtype))
         return found
+
+    def _damped(self, part: str, damping: float) -> Tensor:
+        return self._tensors[part] + damping * self._units[part]
 
     def _turned(self, name: str, matrix_QOI: Tensor) -> Tensor:
         """A gradient in a layer's eigenbasis."""

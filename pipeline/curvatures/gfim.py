@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import NumericsError
 from ..numerics import to_loss_dtype
 from ..tasks.base import Batch, Task
-from .base import Parameters, Sample
+from .base import Parameters, Sample, units
 from .diagonal import mean_squares
 from .fisher import with_drawn_labels
 from .per_example import PerExample
@@ -48,7 +48,9 @@ class GFIM:
 
     exact: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, by_share: bool = False) -> None:
+        self._by_share = by_share
+        self._units: dict[str, float] = {}
         self._parameters: Parameters | None = None
         self._tensors: dict[str, Tensor] = {}
         self._damping: float | None = None
@@ -83,6 +85,9 @@ class GFIM:
     ) -> None:
         """See Curvature."""
         self._parameters, self._tensors, self._damping = parameters, dict(tensors), None
+        named = parameters.tensors
+        values = {name: each.diagonal() if _is_matrix(named[name]) else each for name, each in tensors.items()}
+        self._units = units(values, self._by_share)
 
     def solve(self, slope_QP: Tensor, dampings: Sequence[float]) -> list[Tensor]:
         """See Curvature.
@@ -101,7 +106,7 @@ class GFIM:
                     solved_QDR = self._inverses[name] @ slope.flatten(2).to(self._inverses[name].dtype)
                     solved.append(solved_QDR.view(slope.shape))
                 else:
-                    solved.append(slope / (self._tensors[name] + damping))
+                    solved.append(slope / (self._tensors[name] + damping * self._units[name]))
             found.append(self._parameters.flat(solved).to(slope_QP.dtype))
         return found
 
@@ -115,7 +120,9 @@ class GFIM:
             if _is_matrix(tensor):
                 matrix = self._tensors[name].double()
                 eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-                self._inverses[name] = schulz_inverse(matrix + damping * eye, name).to(self._tensors[name].dtype)
+                self._inverses[name] = schulz_inverse(matrix + damping * self._units[name] * eye, name).to(
+                    self._tensors[name].dtype
+                )
         self._damping = damping
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..batches import own_copy
-from ..changes import LowRank
+from ..changes import Added, LowRank
 from ..curvatures.base import Parameters, Sample
 from ..errors import NumericsError
 from ..tasks.base import Batch, Task
@@ -23,7 +23,7 @@ class Produced:
         model: The base model's copy, changed.
         steps: Optimizer steps taken.
         details: Anything worth a line in meta.json: numbers and short strings.
-        factors: Parameter name -> the product by which it changed, where that is known: saved instead of the whole matrix.
+        added: Parameter name -> what was added to it, where that is known: saved instead of what it became.
         scale: What the scores are proportional to, above 0: the length of a step that was chosen for this model alone. Ensembles
             divide by it, so that their members count alike.
     """
@@ -31,7 +31,7 @@ class Produced:
     model: nn.Module
     steps: int
     details: dict[str, float | str] = field(default_factory=dict)
-    factors: Mapping[str, LowRank] = field(default_factory=dict)
+    added: Mapping[str, LowRank | Added] = field(default_factory=dict)
     scale: float = 1.0
 
 
@@ -70,6 +70,7 @@ class Setting:
         everything: All of these rows, shared out.
         rows: Rows of the corpus.
         seed: All randomness must derive from it.
+        first_order: Whether scores are derivatives along a step, so that its length changes their unit and nothing else.
     """
 
     base: nn.Module
@@ -80,6 +81,7 @@ class Setting:
     everything: Sample
     rows: int
     seed: int
+    first_order: bool = False
 
     def slope(self, parameters: Parameters, rows: Batch) -> Tensor:
         """Gradient [P] of the mean loss of some rows."""

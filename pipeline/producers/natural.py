@@ -13,16 +13,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ..blocks import Choice, choose, tunable
+from ..changes import Added
 from ..curvatures import BUILTIN
 from ..curvatures.base import Curvature, Parameters
 from ..errors import MAX_NAMES_SHOWN, ContractError, NumericsError
 from ..importing import construct
+from ..numerics import to_loss_dtype
 from ..observe import say, say_seldom
 from ..tasks.base import Batch
 from .base import Fitted, Produced, Setting
@@ -31,6 +33,8 @@ from .stepping import Step, Stepper
 
 TOLERANCE = 0.1
 """By how much loss differences may be off from what a straight line gives, relative to that, before it is said."""
+RISE_NATS = 0.01
+"""Of the query's loss to first order, where scores are derivatives and any length will do: near enough to look at, too."""
 BLOCK_BYTES = 1 << 30
 """Of vectors that are held to solve for several queries at once."""
 VECTORS_HELD = 8
@@ -43,6 +47,7 @@ class Natural:
 
     curvature: str
     damping: float | None
+    damping_share: float | None
     iterations: int
     tolerance: float
     sample_rows: int
@@ -61,9 +66,13 @@ class Natural:
         """
         choice, curvature = self._choice(setting), self._curvature()
         parameters = Parameters(setting.base, choice.names)
-        chosen: dict[str, float | str] = {"damping": self.damping} if self.damping else {}
+        chosen: dict[str, float | str] = {
+            name: value
+            for name, value in (("damping", self.damping), ("damping_share", self.damping_share))
+            if value is not None
+        }
         chosen = chosen or choose_damping(setting, parameters, curvature)
-        if "damping" not in chosen:
+        if not {"damping", "damping_share"} & chosen.keys():
             raise NumericsError(
                 f"the corpus's loss bends by {chosen['curvature_scale']} along gradients of its rows: no natural step",
                 "is the model certain of all of them, or is the loss a straight line in the model's outputs?",
@@ -89,11 +98,17 @@ class Natural:
                     yield query_id, _without_slope(query_id, length)
             if not good_Q.any():
                 continue
-            solve = partial(_solved, curvature, float(fitted.details["damping"]))
+            damping = fitted.details.get("damping_share", fitted.details.get("damping", math.nan))
+            solve = partial(_solved, curvature, float(damping))
+            good = [query_id for query_id, is_good in zip(some, good_Q.tolist(), strict=True) if is_good]
+            if setting.first_order and self.step is None and self.steps == 1:
+                slope_QP = to_loss_dtype(slope_QP[good_Q])
+                for query_id, slope_P, direction_P in zip(good, slope_QP, solve(slope_QP), strict=True):
+                    yield query_id, self._along(parameters, stepper, slope_P, direction_P, fitted.details)
+                continue
             direction_QP = solve(slope_QP[good_Q])
             expected_QN = stepper.derivatives(direction_QP)
             rise_Q = dot(slope_QP[good_Q], direction_QP).tolist()
-            good = [query_id for query_id, is_good in zip(some, good_Q.tolist(), strict=True) if is_good]
             chosen: dict[str, tuple[Step, Tensor]] = {}
             for query_id, direction_P, slope, expected_N in zip(good, direction_QP, rise_Q, expected_QN, strict=True):
                 try:
@@ -107,6 +122,21 @@ class Natural:
                 model = copy.deepcopy(stepper.taken(change_P))
                 yield query_id, Produced(model, self.steps, {**fitted.details, **asdict(step)}, scale=step.length)
         _warn_of_bends(steps)
+
+    def _along(
+        self,
+        parameters: Parameters,
+        stepper: Stepper,
+        slope_P: Tensor,
+        direction_P: Tensor,
+        details: Mapping[str, float | str],
+    ) -> Produced:
+        """A step of no particular length, kept as what is added: scores are derivatives along it."""
+        length = RISE_NATS / float(dot(slope_P[None], direction_P[None]))
+        change_P = length * direction_P
+        added = {name: Added(each) for name, each in parameters.split(change_P).items()}
+        model = copy.deepcopy(stepper.taken(change_P))
+        return Produced(model, 1, {**details, "length": length, "rise_nats": RISE_NATS}, added, scale=length)
 
     def _walk(
         self,
@@ -140,8 +170,9 @@ class Natural:
         return Choice(real, found.details)
 
     def _curvature(self) -> Curvature:
-        iterative = self.curvature == "gauss_newton"
-        options = {"iterations": self.iterations, "tolerance": self.tolerance} if iterative else {}
+        options: dict[str, Any] = {"by_share": self.damping_share is not None}
+        if self.curvature == "gauss_newton":
+            options = {"iterations": self.iterations, "tolerance": self.tolerance}
         return cast("Curvature", construct(self.curvature, BUILTIN, options, "producer.curvature"))
 
 

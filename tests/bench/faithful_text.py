@@ -35,7 +35,7 @@ FACTS, QUERIES, COPIES = 250, 60, 100
 class Text:
     """See World. Of every query two sentences state the fact; 100 sentences are queries as well, to find themselves."""
 
-    kind, rows, queries = "text", FACTS * facts.SENTENCES_PER_FACT, QUERIES
+    kind, rows, queries, prompt = "text", FACTS * facts.SENTENCES_PER_FACT, QUERIES, "prompt"
     lds = {"subsets": 100, "retrainings": 5}
     trials: Mapping[str, Any] = {}
     ranked = {"queries": {"transform": "relative"}, "copies": {"transform": "relative"}}
@@ -52,6 +52,15 @@ class Text:
             self._write()
 
     def _write(self) -> None:
+        tables = self._tables()
+        for name, rows in tables.items():
+            pq.write_table(pa.Table.from_pylist(rows), self.folder / f"{name}.parquet")
+        words = tokenizer(None, [row["text"] for row in tables["train"]], text_model.VOCABULARY)
+        self._save("before", text_model.untrained(), words)
+        self._save("model", self._trained(), words)
+
+    def _tables(self) -> dict[str, list[dict[str, Any]]]:
+        """Its files, by name."""
         patterns, told = facts.load_patterns(), facts.chosen(facts.load_facts(), FACTS)
         sentences = facts.sentences(told, patterns)
         asked = random.Random(0).sample(told, QUERIES)
@@ -65,11 +74,7 @@ class Text:
         copies = [{"query_id": f"copy-{row['id']}", "prompt": "", "text": row["text"]} for row in copied]
         own = [{"query_id": f"copy-{row['id']}", "example_id": row["id"]} for row in copied]
         tables = {"train": sentences, "queries": facts.queries(asked, patterns), "copies": copies}
-        for name, rows in {**tables, "queries-truth": stating, "copies-truth": own}.items():
-            pq.write_table(pa.Table.from_pylist(rows), self.folder / f"{name}.parquet")
-        words = tokenizer(None, [row["text"] for row in sentences], text_model.VOCABULARY)
-        self._save("before", text_model.untrained(), words)
-        self._save("model", self._trained(), words)
+        return {**tables, "queries-truth": stating, "copies-truth": own}
 
     def _save(self, name: str, model: Any, words: Any) -> None:
         words.save_pretrained(self.folder / name)
@@ -87,7 +92,7 @@ class Text:
             "model": {"loader": "hf_transformers", "weights_uri": str(self.folder / asked.model)},
             "corpus": {"uri": str(self.folder / f"{asked.corpus}.parquet"), "example_id": "id"},
             "queries": {"uri": str(self.folder / f"{asked.queries}.parquet")},
-            "task": {"name": "causal_lm", "text": "text", "prompt": "prompt"},
+            "task": {"name": "causal_lm", "text": "text", **({"prompt": self.prompt} if self.prompt else {})},
         }
 
     def for_peers(self, folder: Path, asked: Asked) -> None:
@@ -104,9 +109,34 @@ class Text:
 
     def _tokens(self, file: str) -> dict[str, np.ndarray]:
         """Token ids and labels of a file's rows, padded."""
-        table = pq.read_table(self.folder / f"{file}.parquet", columns=["text", "prompt"])
-        task = load_task(CausalLMTask(prompt="prompt", tokenizer_uri=str(self.folder / "model")))
-        return dict(prepared(task, {name: _objects(table[name].to_pylist()) for name in ("text", "prompt")}).whole())
+        columns = ["text", *([self.prompt] if self.prompt else [])]
+        table = pq.read_table(self.folder / f"{file}.parquet", columns=columns)
+        task = load_task(CausalLMTask(prompt=self.prompt, tokenizer_uri=str(self.folder / "model")))
+        return dict(prepared(task, {name: _objects(table[name].to_pylist()) for name in columns}).whole())
+
+
+class Questions(Text):
+    """500 questions that people asked (TREC; Li and Roth 2002), and the model trained on them; 60 others are the queries.
+
+    Args:
+        path: JSON lines with a `text`.
+    """
+
+    kind, rows, prompt = "questions", 500, None
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        super().__init__()
+
+    def _tables(self) -> dict[str, list[dict[str, Any]]]:
+        texts = [json.loads(line)["text"] for line in self._path.read_text().splitlines()]
+        chosen = random.Random(0).sample(sorted(set(texts)), self.rows + self.queries)
+        train = [{"id": f"question-{i:03d}", "text": text} for i, text in enumerate(chosen[: self.rows])]
+        asked = [{"query_id": f"asked-{i:02d}", "text": text} for i, text in enumerate(chosen[self.rows :])]
+        copied = random.Random(1).sample(train, COPIES)
+        copies = [{"query_id": f"copy-{row['id']}", "text": row["text"]} for row in copied]
+        own = [{"query_id": f"copy-{row['id']}", "example_id": row["id"]} for row in copied]
+        return {"train": train, "queries": asked, "copies": copies, "copies-truth": own}
 
 
 def _objects(texts: Sequence[str]) -> np.ndarray:

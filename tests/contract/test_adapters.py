@@ -32,7 +32,7 @@ def gpt2():
 
 def produce(base, section=Unlearn, seed=3, lr=0.1, **fields):
     made = load_producer(section(lora_rank=4, steps=3, lr=lr, **fields)).produce(base, TASK, batch(), seed)
-    found = changes.between(base, made.model, made.factors)
+    found = changes.between(base, made.model, made.added)
     return made, {name: change for name, (change, _) in found.items()}
 
 
@@ -131,7 +131,7 @@ def test_tied_weights_are_saved_once():
     """Embedding and last layer are one tensor: the counterpart's file has it under one name."""
     base = gpt2()
     made = load_producer(Unlearn(steps=1, lr=0.1)).produce(base, TASK, batch(), 0)
-    found = changes.between(base, made.model, made.factors)
+    found = changes.between(base, made.model, made.added)
     assert 1 == sum(name in ("transformer.wte.weight", "lm_head.weight") for name in found)
     got = losses(base, {name: change for name, (change, _) in found.items()})
     assert losses(made.model).base_N == pytest.approx(got.counterpart_QN[0], abs=1e-6)

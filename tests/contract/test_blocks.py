@@ -211,7 +211,7 @@ def test_adapters_go_to_the_last_blocks():
     section = Finetune(lora_rank=2, lora_targets="q_proj|down_proj", last_blocks=2, steps=2)
     produced = load_producer(section).produce(base, TEXTS, texts(), 0)
     expected = {f"model.layers.{n}.{layer}.weight" for n in (1, 2) for layer in ("self_attn.q_proj", "mlp.down_proj")}
-    assert expected == set(produced.factors)
+    assert expected == set(produced.added)
     assert {"blocks": "2-3 of 3 LlamaDecoderLayer"} == produced.details
 
 

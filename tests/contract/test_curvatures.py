@@ -76,8 +76,8 @@ def sample(*sizes, **keywords):
 SAMPLE = sample(7, 5, 4)
 
 
-def curvature(word):
-    return construct(word, BUILTIN, {}, "producer.curvature")
+def curvature(word, **options):
+    return construct(word, BUILTIN, options, "producer.curvature")
 
 
 def fitted(word, model, of=SAMPLE, by=TASK, seed=SEED):
@@ -299,6 +299,42 @@ def test_a_task_that_cannot_draw_gets_the_empirical_fisher(capsys):
     gradients = [parameters.gradient(lambda row=row: TASK.loss_B(model, row).sum()) for row in rows]
     torch.testing.assert_close(parameters.flat(list(found.values())), (torch.stack(gradients) ** 2).mean(dim=0))
     assert 1 == capsys.readouterr().err.count("NoDraws has no method `sampled`")
+
+
+def by_share(word, model, tensors, share, of_model):
+    found = curvature(word, by_share=True)
+    found.load(model, TASK, Parameters(model), SAMPLE, tensors)
+    return Parameters(model).split(found.solve(of_model, [share])[0])
+
+
+@every_curvature
+def test_a_share_is_of_each_parts_own_mean(word):
+    """The solution of every layer is the one with that damping in nats, whatever the other layers' is."""
+    model = network()
+    tensors, slope_QP, share = fitted(word, model), slopes(model), 0.3
+    solved = by_share(word, model, tensors, share, slope_QP)
+    parts = {
+        "diagonal": lambda name: tensors[name],
+        "gfim": lambda name: tensors[name].diagonal() if tensors[name].ndim == 2 and name.endswith("weight") else tensors[name],
+        "ekfac": lambda name: tensors.get(f"{name}/eigenvalues", tensors.get(f"{name}/diagonal")),
+    }[word]  # fmt: skip
+    for name in ("0.weight", "2.weight", "9.weight"):
+        unit = parts(name).mean().item()
+        alone = Parameters(model).split(loaded(word, model, tensors).solve(slope_QP, [share * unit])[0])
+        torch.testing.assert_close(solved[name], alone[name])
+
+
+def test_a_part_without_curvature_is_damped_as_the_others_are():
+    """By a share of their mean; where nothing bends there is no natural step."""
+    model = network()
+    tensors, slope_QP = dict(fitted("diagonal", model)), slopes(model)
+    tensors["0.weight"] = torch.zeros_like(tensors["0.weight"])
+    means = [each.mean() for name, each in tensors.items() if name != "0.weight"]
+    solved = by_share("diagonal", model, tensors, 0.1, slope_QP)
+    expected = Parameters(model).split(slope_QP)["0.weight"] / (0.1 * torch.stack(means).mean())
+    torch.testing.assert_close(solved["0.weight"], expected)
+    with pytest.raises(NumericsError, match="the corpus's loss does not bend"):
+        by_share("diagonal", model, {name: torch.zeros_like(each) for name, each in tensors.items()}, 0.1, slope_QP)
 
 
 def test_schulz_inverts_what_is_nearly_singular():

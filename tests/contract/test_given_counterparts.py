@@ -51,14 +51,14 @@ def test_only_what_differs_is_a_change(tmp_path):
     other = gpt()
     other.model.layers[1].self_attn.q_proj.weight.data += 1
     made = produce(Reference(weights_uri=saved(other, tmp_path)), gpt())
-    assert ["model.layers.1.self_attn.q_proj.weight"] == list(changes.between(gpt(), made.model, made.factors))
+    assert ["model.layers.1.self_attn.q_proj.weight"] == list(changes.between(gpt(), made.model, made.added))
 
 
 def test_a_checkpoint_that_ties_what_the_base_does_not_is_the_counterpart(tmp_path):
     """Both of the base's tensors change to the one: the counterpart's own losses."""
     base = gpt(seed=1)
     made = produce(Reference(weights_uri=saved(gpt(tied=True), tmp_path)), base)
-    found = {name: change for name, (change, _) in changes.between(base, made.model, made.factors).items()}
+    found = {name: change for name, (change, _) in changes.between(base, made.model, made.added).items()}
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(found)
     assert np.array_equal(losses(gpt(tied=True)).base_N, losses(base, found).counterpart_QN[0])
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_that_unties_what_the_base_ties_is_refused(tmp_path):
     for base in (gpt(seed=1, tied=True), gpt(tied=True)):
         made = produce(Reference(weights_uri=saved(other, tmp_path)), base)
         with pytest.raises(ContractError, match=r"one tensor in the base and two in the counterpart(.|\n)*tie_word"):
-            changes.between(base, made.model, made.factors)
+            changes.between(base, made.model, made.added)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
@@ -109,7 +109,7 @@ def test_the_producer_masks_a_share_of_heads_and_says_which():
     """A quarter of eight heads: two, named by layer and number; only what makes their queries changes."""
     made = produce(MaskHeads(share=0.25, samples=4, sample_tokens=64), gpt())
     assert 2 == len(made.details["heads"].split(", "))
-    changed = changes.between(gpt(), made.model, made.factors)
+    changed = changes.between(gpt(), made.model, made.added)
     assert all("q_proj" in name for name in changed)
     assert 0 <= made.details["lowest_copy_score"] <= 1
 

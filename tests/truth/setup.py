@@ -68,7 +68,7 @@ def fit(
 def score(fitted: Fitted, producer: Producer, query: dict[str, torch.Tensor], seed: int = 0) -> np.ndarray:
     """Scores [N] of every training example for one query. Raises NumericsError if the producer does, or losses are not finite."""
     produced = producer.produce(fitted.model, TASK, query, seed)
-    found = changes.between(fitted.model, produced.model, produced.factors)
+    found = changes.between(fitted.model, produced.model, produced.added)
     changed = {name: change for name, (change, _) in found.items()}
     loss_N = (
         LossEngine(fitted.model, TASK, [changed]).losses(Arrays(fitted.examples).batches(BATCH_ROWS)).counterpart_QN[0]

@@ -58,10 +58,43 @@ def test_the_released_recipe_is_one_word_away():
     assert 3 == parse("task.temperature=3", producer={"preset": "paper"}).task.temperature
 
 
-def test_language_models_are_unlearned_by_default():
-    """What was judged best on images is not taken over for texts."""
-    spec = parse(task={"name": "causal_lm", "tokens": "ids"})
-    assert "unlearn" == spec.producer.name
+TEXTS = {"name": "causal_lm", "tokens": "ids"}
+
+
+@pytest.mark.parametrize("task", [TEXTS, {"name": "seq2seq"}])
+@pytest.mark.parametrize("producer", [None, {"name": "natural"}, {"name": "natural", "sample_rows": 9}])
+def test_language_models_get_factored_curvature_and_derivatives(task, producer):
+    """Each layer damped by a share of its own; scored by the gradient method."""
+    spec = parse(task=task, **({"producer": producer} if producer else {}))
+    assert ("natural", "ekfac", 0.1, None) == (
+        spec.producer.name, spec.producer.curvature, spec.producer.damping_share, spec.producer.damping
+    )  # fmt: skip
+    assert "gradient" == spec.score.way
+
+
+def test_what_is_given_for_a_language_model_stays():
+    """Other producers are scored as ever; a damping, a curvature or a way that is given is not touched."""
+    for producer in ({"name": "unlearn"}, {"steps": 3}, {"name": "finetune"}, {"preset": "paper"}):
+        assert "auto" == parse(task=TEXTS, producer=producer).score.way
+    found = parse(task=TEXTS, producer={"name": "natural", "damping": 0.5, "curvature": "diagonal"})
+    assert (0.5, None, "gradient") == (found.producer.damping, found.producer.damping_share, found.score.way)
+    assert "auto" == parse(task=TEXTS, producer={"name": "natural", "curvature": "gauss_newton"}).score.way
+    assert "jvp" == parse("score.way=jvp", task=TEXTS).score.way
+    assert "auto" == parse("score.compile=true", task=TEXTS).score.way
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"damping": 1, "damping_share": 0.1, "curvature": "ekfac"}, "give one of them"),
+        ({"damping_share": 0.1}, "goes with a curvature of layers"),
+        ({"damping_share": 0, "curvature": "ekfac"}, "greater than 0"),
+    ],
+)
+def test_a_damping_is_in_one_unit(fields, message):
+    """In nats, or in each layer's mean eigenvalue."""
+    with pytest.raises(SpecError, match=message):
+        parse(producer={"name": "natural", **fields})
 
 
 def test_unknown_keys_name_the_nearest_known_one():
