@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..blocks import repeated
 from ..layers import Layer, layers_in
 from ..numerics import to_loss_dtype
+from ..observe import say
 from ..tasks.base import Batch, Task
 from .base import Parameters, Sample, units
 from .diagonal import mean_squares
@@ -28,6 +29,7 @@ from .per_example import PerExample, Seen
 
 LARGEST_SIDE = 16384
 """Layers with more inputs or outputs than this (vocabularies) are left to the diagonal: a covariance of them fills gigabytes."""
+NAMES_SHOWN = 3
 _INPUTS, _OUTPUTS, _VALUES, _DIAGONAL = "input_basis", "output_basis", "eigenvalues", "diagonal"
 
 
@@ -73,6 +75,8 @@ class EKFAC:
         }
         kept = {name for layer in layers.values() for name in layer.names}
         others = [name for name in parameters.names if name not in kept]
+        if others and (not dist.is_initialized() or dist.get_rank() == 0):
+            say(_what_is_factored(parameters, others, len(layers)))
         tensors = _bases(per_example, drawn, {name: sides[name] for name in layers}, parameters)
         tensors |= _eigenvalues(per_example, drawn, {name: sides[name] for name in layers}, parameters, tensors)
         diagonal = mean_squares(per_example, parameters, drawn, others) if others else {}
@@ -113,6 +117,16 @@ class EKFAC:
         """A gradient in a layer's eigenbasis."""
         input_II, output_OO = self._tensors[f"{name}/{_INPUTS}"], self._tensors[f"{name}/{_OUTPUTS}"]
         return output_OO.mT @ matrix_QOI.to(input_II.dtype) @ input_II
+
+
+def _what_is_factored(parameters: Parameters, others: Sequence[str], layers: int) -> str:
+    """A line for a person."""
+    numbers = sum(parameters.tensors[name].numel() for name in others)
+    more = f" and {len(others) - NAMES_SHOWN} more" if len(others) > NAMES_SHOWN else ""
+    return (
+        f"curvature: {layers} layers factored, {1 - numbers / parameters.size:.0%} of {parameters.size:,} numbers; by their "
+        f"diagonals: {', '.join(others[:NAMES_SHOWN])}{more}"
+    )
 
 
 def _sides(layer: Layer, parameters: Parameters) -> tuple[int, int]:
