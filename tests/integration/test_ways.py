@@ -22,7 +22,7 @@ from tests.small import Small, work_off
 pytestmark = pytest.mark.slow
 
 BLOCKS = "model={factory: 'tests.unit.test_compiled:blocks'}"
-NATURAL = "producer={name: natural, sample_rows: 64, damping: 0.1}"
+NATURAL = "producer={name: natural, sample_rows: 64, damping: 0.1, step: 1.0e-3}"
 
 
 @pytest.fixture
