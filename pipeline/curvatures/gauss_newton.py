@@ -1,4 +1,4 @@
-"""The Gauss-Newton matrix itself, inverted by conjugate gradients on its products with vectors.
+"""The Gauss-Newton matrix itself: inverted directly where that is possible, else by conjugate gradients on its products.
 
 Shapes: Q vectors, P numbers of the chosen parameters.
 """
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from ..tasks.base import Task
 from .base import Parameters, Sample
+from .kernel import Kernel, TooLargeError
 from .linearised import Linearised
 
 
 class GaussNewton:
-    """G = mean over the sample of J' H J. See Curvature. Nothing is kept of it: every solve goes through the sample again.
+    """G = mean over the sample of J' H J. See Curvature. Nothing is saved of it.
+
+    Samples of small models are inverted directly (`kernel.py`). With others every solve goes through the sample again and again.
 
     Args:
         iterations: Of conjugate gradients, at most.
@@ -30,6 +33,9 @@ class GaussNewton:
     def __init__(self, iterations: int, tolerance: float) -> None:
         self._iterations, self._tolerance = iterations, tolerance
         self._product: Callable[[Tensor], Tensor] | None = None
+        self._sample: Sample | None = None
+        self.kernel: Kernel | None = None
+        """What inverts it directly, if anything does; there from `load` on."""
 
     def fit(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int
@@ -40,12 +46,20 @@ class GaussNewton:
     def load(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]
     ) -> None:
-        """See Curvature."""
-        self._product = partial(product, model, task, parameters, sample)
+        """See Curvature. The same sample again costs nothing."""
+        if sample is self._sample:
+            return
+        self._sample, self._product = sample, partial(product, model, task, parameters, sample)
+        try:
+            self.kernel = Kernel(model, task, parameters, sample)
+        except TooLargeError:
+            self.kernel = None
 
     def solve(self, slope_QP: Tensor, dampings: Sequence[float]) -> list[Tensor]:
         """See Curvature."""
         assert self._product is not None, "load it first"
+        if self.kernel is not None:
+            return [self.kernel.solve(slope_QP, damping) for damping in dampings]
         return conjugate_gradients(self._product, slope_QP, dampings, self._iterations, self._tolerance)
 
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from ..curvatures.base import Curvature, Parameters, Sample
-from ..curvatures.gauss_newton import product
+from ..curvatures.gauss_newton import GaussNewton, product
+from ..curvatures.kernel import Kernel, damped
 from ..curvatures.linearised import Linearised
 from ..tasks.base import Batch
 from .base import Setting
@@ -55,6 +56,10 @@ def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvatur
     fitting = VECTOR_BYTES // (VECTORS_HELD * parameters.size * 4)
     rows = single_rows(setting.probe, min(ROWS, max(FEWEST_ROWS, fitting)))
     slope_QP = torch.stack([setting.slope(parameters, row) for row in rows])
+    if isinstance(curvature, GaussNewton):
+        curvature.load(setting.base, setting.task, parameters, setting.everything, {})
+        if curvature.kernel is not None:
+            return by_kernel(setting, curvature.kernel, slope_QP)
     scale = _mean_share(dot(slope_QP, _bent(setting, parameters, setting.rest, slope_QP)), dot(slope_QP, slope_QP))
     if not scale > 0:
         return {"curvature_scale": scale}
@@ -66,8 +71,55 @@ def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvatur
     for damping, step_QP in _steps(curvature, slope_QP, scale):
         scaled_QP = step_QP if curvature.exact else _scaled(setting, parameters, slope_QP, step_QP)
         costs[damping] = _cost(setting, parameters, rows, slope_QP, scaled_QP)
-    tried = ", ".join(f"{damping:.3g}: {cost:.4g}" for damping, cost in costs.items())
-    return {"curvature_scale": scale, "damping": cheapest(costs), "damping_tried": tried}
+    return {"curvature_scale": scale, "damping": cheapest(costs), "damping_tried": _said(costs)}
+
+
+def by_kernel(setting: Setting, kernel: Kernel, slope_QP: Tensor) -> dict[str, float | str]:
+    """The same with the curvature's kernel, where no product with vectors is needed any more.
+
+    With v = (g - S_r' c) / d, S_r the rows of S of the half of the sample that v is solved with, S v is (S g - S S_r' c) / d
+    for the rows of the other half, and for those of a row that takes the place of a query.
+
+    Args:
+        setting: The sample.
+        kernel: Of all of it.
+        slope_QP: Gradients of the first rows of the probe.
+    """
+    along_KQ, square_Q = kernel.along(slope_QP), dot(slope_QP, slope_QP)
+    rest_K, held_out_K = kernel.of(setting.rest.all_numbers()), kernel.of(setting.held_out.all_numbers())
+    own_KQ = _own(setting, kernel, len(slope_QP)).to(along_KQ.device)
+    rest_rr, others_Kr = kernel.inner_KK[rest_K][:, rest_K] / setting.rest.rows, kernel.inner_KK[:, rest_K]
+    scale = _mean_share((along_KQ[rest_K] ** 2).sum(dim=0) / setting.rest.rows, square_Q)
+    if not scale > 0:
+        return {"curvature_scale": scale}
+
+    def cost(damping: float) -> float:
+        weight_rQ = damped(rest_rr, damping)(along_KQ[rest_K]) / setting.rest.rows
+        bent_KQ = (along_KQ - others_Kr @ weight_rQ) / damping
+        lowered_Q = (square_Q - (weight_rQ * along_KQ[rest_K]).sum(dim=0)) / damping
+        bent_Q = (bent_KQ[held_out_K] ** 2).sum(dim=0) / setting.held_out.rows
+        own_Q = ((bent_KQ * own_KQ) ** 2).sum(dim=0) / setting.rows
+        return float((0.5 * (bent_Q + own_Q) - lowered_Q).mean())
+
+    costs = {share * scale: cost(share * scale) for share in SHARES}
+    return {"curvature_scale": scale, "damping": cheapest(costs), "damping_tried": _said(costs)}
+
+
+def _own(setting: Setting, kernel: Kernel, queries: int) -> Tensor:
+    """Which rows of S are those of each of the first rows of the probe: [K, Q]."""
+    starts, own_KQ = [0], torch.zeros(kernel.rows, queries, dtype=torch.bool)
+    for batch in setting.probe:
+        starts.append(starts[-1] + len(next(iter(batch.values()))))
+    for part in kernel.parts:
+        if part.number < len(setting.probe):
+            for place, row in enumerate(part.rows, part.start):
+                if starts[part.number] + row < queries:
+                    own_KQ[place, starts[part.number] + row] = True
+    return own_KQ
+
+
+def _said(costs: Mapping[float, float]) -> str:
+    return ", ".join(f"{damping:.3g}: {cost:.4g}" for damping, cost in costs.items())
 
 
 def cheapest(costs: Mapping[float, float]) -> float:

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -64,7 +64,7 @@ class Natural:
             ContractError: No parameter is chosen, or the model or task does not fit the curvature.
             NumericsError: The loss does not bend.
         """
-        choice, curvature = self._choice(setting), self._curvature()
+        choice, curvature = self._choice(setting), self._of_corpus
         parameters = Parameters(setting.base, choice.names)
         chosen: dict[str, float | str] = {
             name: value
@@ -84,7 +84,7 @@ class Natural:
         self, setting: Setting, queries: Mapping[str, Batch], fitted: Fitted
     ) -> Iterator[tuple[str, Produced | NumericsError]]:
         """See SampleProducer."""
-        parameters, curvature = Parameters(setting.base, self._choice(setting).names), self._curvature()
+        parameters, curvature = Parameters(setting.base, self._choice(setting).names), self._of_corpus
         curvature.load(setting.base, setting.task, parameters, setting.everything, fitted.tensors)
         stepper, steps = Stepper(setting.base, setting.task, parameters, setting.probe), {}
         block = max(1, BLOCK_BYTES // (VECTORS_HELD * parameters.size * 4))
@@ -169,7 +169,9 @@ class Natural:
             say_seldom("complex", f"warning: natural leaves complex parameters as they are: {', '.join(left)}")
         return Choice(real, found.details)
 
-    def _curvature(self) -> Curvature:
+    @cached_property
+    def _of_corpus(self) -> Curvature:
+        """How the corpus's loss bends: one for fitting and solving, so that what is worked out in between is kept."""
         options: dict[str, Any] = {"by_share": self.damping_share is not None}
         if self.curvature == "gauss_newton":
             options = {"iterations": self.iterations, "tolerance": self.tolerance}

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from ..tasks.base import Batch, Task
 
 RISES_NATS = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 """Steps that are tried, by how much the query's loss would rise in proportion."""
+FIRST_TRIED = 6
+"""Of these: the search goes downhill from there, as rounding makes shorter steps worse and bending longer ones."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,24 @@ class Stepper:
             NumericsError: No step changes a loss of the probe.
         """
         rises_nats = RISES_NATS if rise_nats is None else (rise_nats,)
-        tried = [self._measured(direction_P, each / slope, each, expected_N) for each in rises_nats]
-        best = min(tried, key=lambda step: step.linear_error)
-        if not math.isfinite(best.linear_error):
+        lengths = [rise / slope for rise in rises_nats]
+
+        @cache
+        def differences_N(i: int) -> Tensor:
+            return self._differences(direction_P, lengths[i])
+
+        @cache
+        def error(i: int) -> float:
+            found = _relative(differences_N(i), lengths[i] * expected_N)
+            return found if math.isfinite(found) else math.inf
+
+        best = lowest(error, len(lengths), min(FIRST_TRIED, len(lengths) - 1))
+        if not math.isfinite(error(best)):
             raise NumericsError(
                 "no step along the query's direction changes a loss in proportion", "use a finer model.dtype"
             )
-        half_N = self._differences(direction_P, best.length / 2)
-        whole_N = self._differences(direction_P, best.length)
-        return replace(best, half_step_difference=_relative(2 * half_N, whole_N))
-
-    def _measured(self, direction_P: Tensor, length: float, rise_nats: float, expected_N: Tensor) -> Step:
-        error = _relative(self._differences(direction_P, length), length * expected_N)
-        return Step(length, rise_nats, error if math.isfinite(error) else math.inf, math.nan)
+        twice_half_N = 2 * self._differences(direction_P, lengths[best] / 2)
+        return Step(lengths[best], rises_nats[best], error(best), _relative(twice_half_N, differences_N(best)))
 
     def _differences(self, direction_P: Tensor, length: float) -> Tensor:
         """Change of the probe's losses [N] over a step, in float64 of losses as the engine has them."""
@@ -123,6 +130,20 @@ class Stepper:
             for name, change in self._parameters.split(change_P).items():
                 torch.add(self._parameters.tensors[name], change, out=self._moved.tensors[name].data)
         return self._copy
+
+
+def lowest(value: Callable[[int], float], values: int, start: int) -> int:
+    """Where values are lowest, if they fall to there and rise beyond. Where all near the start are infinite, all are looked at.
+
+    Args:
+        value: Of each place.
+        values: How many places.
+        start: The place to begin at.
+    """
+    best = start
+    while near := [i for i in (best - 1, best + 1) if 0 <= i < values and value(i) < value(best)]:
+        best = min(near, key=value)
+    return best if math.isfinite(value(best)) else min(range(values), key=value)
 
 
 def _relative(found_N: Tensor, expected_N: Tensor) -> float:

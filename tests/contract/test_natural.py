@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, jacrev
 
+from pipeline.curvatures import kernel
 from pipeline.curvatures.base import Parameters, Sample
 from pipeline.curvatures.gauss_newton import conjugate_gradients, product
 from pipeline.curvatures.linearised import Linearised
@@ -116,6 +117,14 @@ def setting_of(model, batch, task=TASK):
     return Setting(model, task, sample, sample, sample.batches[:1], sample, sample.rows, seed=0)
 
 
+@pytest.fixture(params=["direct", "iterative"])
+def exact(request, monkeypatch):
+    """Both ways to invert the matrix; the first without leaving anything out."""
+    monkeypatch.setattr(kernel, "KEPT", 1.0)
+    if request.param == "iterative":
+        monkeypatch.setattr(kernel, "MOST_ROWS", 0)
+
+
 def natural(**fields) -> Natural:
     return Natural(**NaturalSection(**fields).keywords)
 
@@ -152,7 +161,7 @@ def test_derivatives_of_losses_are_dot_products_with_gradients(make):
 
 
 @every_model
-def test_a_direction_is_the_exact_damped_solve(make):
+def test_a_direction_is_the_exact_damped_solve(make, exact):
     """Truth 6: its cosine with the solve of the written-out matrix is above .99."""
     model, batch = made(make)
     producer = natural(damping=0.02, iterations=60)
@@ -247,7 +256,7 @@ def test_only_parameters_that_match_are_moved():
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_every_step_goes_where_the_query_points_from_there(steps):
+def test_every_step_goes_where_the_query_points_from_there(steps, exact):
     """Together as long as one; each by an exact solve of the query's gradient where the one before ended (by hand here)."""
     model, batch = made(perceptron)
     setting, query = setting_of(model, batch), query_of(batch, 5)
@@ -269,7 +278,7 @@ def test_every_step_goes_where_the_query_points_from_there(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_several_queries_get_what_each_gets_alone(steps):
+def test_several_queries_get_what_each_gets_alone(steps, exact):
     """To the bit, though some are solved in fewer iterations: a retry of one query must not give another counterpart."""
     model, batch = made(perceptron, torch.float32)
     setting, producer = setting_of(model, batch), natural(tolerance=0.05, steps=steps)
@@ -282,7 +291,7 @@ def test_several_queries_get_what_each_gets_alone(steps):
             assert torch.equal(one, other)
 
 
-def test_the_damping_chosen_is_the_cheapest_on_held_out_rows():
+def test_the_damping_chosen_is_the_cheapest_on_held_out_rows(exact):
     """It lies at most half way from the cheapest that was tried to one beside it; all of them are told."""
     model, batch = made(perceptron, rows=60)
     details = natural().fit(setting_of(model, batch)).details

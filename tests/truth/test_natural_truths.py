@@ -25,15 +25,17 @@ TASK = Classification("pixels", "label", [1, 8, 8], temperature=2.0)
 HELD_OUT = int(sample.HELD_OUT * TRAIN_ROWS)
 
 
-def batches(fitted: Fitted, rows) -> Sample:
-    return Sample([fitted.query(rows[i : i + BATCH_ROWS]) for i in range(0, len(rows), BATCH_ROWS)], len(rows))
+def batches(fitted: Fitted, rows, first: int) -> Sample:
+    found = [fitted.query(rows[i : i + BATCH_ROWS]) for i in range(0, len(rows), BATCH_ROWS)]
+    return Sample(found, len(rows), range(first, first + len(found)))
 
 
 def setting(fitted: Fitted) -> Setting:
     """The sample as stage tune draws it: all rows, in random order."""
     order = torch.randperm(TRAIN_ROWS, generator=torch.Generator().manual_seed(3)).numpy()
     probe, held_out, rest = (
-        batches(fitted, part) for part in np.split(order, [sample.PROBE_ROWS, sample.PROBE_ROWS + HELD_OUT])
+        batches(fitted, part, 100 * i)
+        for i, part in enumerate(np.split(order, [sample.PROBE_ROWS, sample.PROBE_ROWS + HELD_OUT]))
     )
     return Setting(fitted.model, TASK, rest, held_out, probe.batches, probe + held_out + rest, TRAIN_ROWS, seed=0)
 

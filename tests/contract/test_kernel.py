@@ -1,0 +1,134 @@
+"""The Gauss-Newton matrix by the inner products of its rows: what is left out, what has no room, and several workers."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.curvatures import kernel
+from pipeline.curvatures.base import Parameters, Sample
+from pipeline.curvatures.gauss_newton import GaussNewton, product
+from pipeline.curvatures.kernel import Kernel, TooLargeError
+from pipeline.tasks.classification import Classification
+from tests.contract.test_natural import TASK, convolution, every_model, made, perceptron, sample_of
+
+pytestmark = pytest.mark.slow
+DAMPING = 0.02
+
+
+def of(model, sample, task=TASK):
+    return Kernel(model, task, Parameters(model), sample)
+
+
+def vectors(model, number=5):
+    return torch.randn(number, Parameters(model).size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@every_model
+def test_its_product_is_that_of_the_matrix(make, monkeypatch):
+    """All of it, if nothing is left out; nearly, and never more, with what is kept."""
+    model, batch = made(make)
+    exact = product(model, TASK, Parameters(model), sample_of(batch), vectors(model))
+    kept = of(model, sample_of(batch))
+    off = exact - kept.product(vectors(model))
+    assert 0 < off.norm() < (1 - kernel.KEPT) * 4 * exact.norm()
+    assert ((off * vectors(model)).sum(dim=1) > 0).all()
+    monkeypatch.setattr(kernel, "KEPT", 1.0)
+    whole = of(model, sample_of(batch))
+    assert kept.rows < whole.rows <= 2 * len(batch["label"])  # three classes bend in two directions
+    torch.testing.assert_close(whole.product(vectors(model)), exact, rtol=1e-9, atol=1e-12)
+
+
+def test_its_solve_is_that_of_the_damped_matrix():
+    """For dampings from far below the smallest eigenvalue that counts to far above the largest."""
+    model, batch = made(convolution)
+    found = of(model, sample_of(batch))
+    for damping in (1e-4, DAMPING, 10.0):
+        solved = found.solve(vectors(model), damping)
+        back = found.product(solved) + damping * solved
+        torch.testing.assert_close(back, vectors(model), rtol=1e-6, atol=1e-8)
+
+
+def test_rows_of_a_part_are_known_by_its_batches():
+    """Those of the first and third of three batches, and which of their rows each belongs to."""
+    model, batch = made(perceptron)
+    found = of(model, sample_of(batch))
+    first_K, third_K = found.of({0}), found.of({2})
+    assert [0, 1, 2] == [part.number for part in found.parts]
+    assert int(first_K.sum()) == len(found.parts[0].rows)
+    assert not (first_K & third_K).any()
+    assert found.rows == sum(len(part.rows) for part in found.parts)
+    assert set(found.parts[2].rows) <= set(range(4))
+
+
+@pytest.mark.parametrize(("name", "value"), [("MOST_ROWS", 3), ("MOST_BYTES", 100), ("MOST_OUTPUTS", 2)])
+def test_what_has_no_room_is_solved_in_iterations(name, value, monkeypatch):
+    """To the same, as nearly as iterations and what is kept allow."""
+    model, batch = made(perceptron)
+    curvature, sample = GaussNewton(60, 1e-9), sample_of(batch)
+
+    def solved():
+        curvature.load(model, TASK, Parameters(model), sample, {})
+        return curvature.solve(vectors(model), [DAMPING])[0]
+
+    monkeypatch.setattr(kernel, "KEPT", 1.0)
+    direct = solved()
+    assert curvature.kernel is not None
+    monkeypatch.setattr(kernel, name, value)
+    with pytest.raises(TooLargeError):
+        of(model, sample)
+    sample = sample_of(batch)
+    iterative = solved()
+    assert curvature.kernel is None
+    torch.testing.assert_close(iterative, direct, rtol=1e-6, atol=1e-8)
+
+
+def test_a_model_whose_outputs_are_not_one_for_each_row_is_solved_in_iterations():
+    """One logit for two classes, as a model that joins rows would give it."""
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return {"logits": self.layer(x), "all": self.layer(x).sum(dim=0)[None]}
+
+    class First(Classification):
+        def loss_B(self, model, batch):
+            found = model(batch["features"])
+            return (
+                nn.functional.cross_entropy(found["logits"], batch["label"], reduction="none") + 0 * found["all"].sum()
+            )
+
+    torch.manual_seed(0)
+    _, batch = made(perceptron)
+    with pytest.raises(TooLargeError):
+        of(Joined().double().eval(), sample_of(batch), First("features", "label", [4]))
+
+
+def _work(rank, workers, folder):
+    """What one of several workers does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    model, batch = made(convolution)
+    whole = sample_of(batch)
+    mine = Sample(whole.batches[rank::workers], whole.rows, range(3)[rank::workers])
+    found = of(model, mine)
+    torch.save((found.inner_KK, found.solve(vectors(model), DAMPING), mine.all_numbers()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_workers_together_find_what_one_finds(tmp_path):
+    """Two with two batches and one, four of which one has none, against one with all three: inner products to the bit."""
+    model, batch = made(convolution)
+    alone = of(model, sample_of(batch))
+    for workers in (2, 4):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        torch.multiprocessing.spawn(_work, (workers, folder), workers)
+        for rank in range(workers):
+            inner_KK, solved, numbers = torch.load(folder / f"{rank}.pt")
+            assert torch.equal(inner_KK, alone.inner_KK)
+            torch.testing.assert_close(solved, alone.solve(vectors(model), DAMPING), rtol=1e-9, atol=1e-12)
+            assert {0, 1, 2} == numbers
