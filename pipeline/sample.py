@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,24 +21,11 @@ MAX_SHARDS = 32
 
 
 PROBE_ROWS = 64
-"""Rows of the probe, at most; of a small sample an eighth."""
-HELD_OUT = 0.5
-"""Share of the sample that is held out: what judges the noise of the rest must not be noisier."""
-SMALL = 16
-"""Of a sample under so many rows every part is all of it."""
+"""Rows of the probe, at most; of a small sample half."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A sample in three parts that share no row (of a very small one, each is all of it), as the task's model takes them."""
-
-    probe: Inputs
-    held_out: Inputs
-    rest: Inputs
-
-
-def draw_sample(run: Run, task: Task, rows: int) -> Drawn:
-    """Rows drawn at random, in random order: the same at every worker and every start.
+def draw_sample(run: Run, task: Task, rows: int) -> tuple[Inputs, Inputs]:
+    """Rows drawn at random, in random order: the same at every worker and every start; a few of them, and the others.
 
     They are drawn from the corpus as it was first frozen; what cannot be scored is left out.
 
@@ -67,12 +53,11 @@ def draw_sample(run: Run, task: Task, rows: int) -> Drawn:
             parts.append({name: array[kept_N] for name, array in examples.arrays.items()})
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order_M = chance.permutation(len(next(iter(arrays.values()))))
-    probe, held_out = min(PROBE_ROWS, len(order_M) // 8), int(HELD_OUT * len(order_M))
-    cuts = np.split(order_M, [probe, probe + held_out]) if len(order_M) >= SMALL else [order_M] * 3
-    drawn = Drawn(*(prepared(task, {name: array[cut_M] for name, array in arrays.items()}) for cut_M in cuts))
-    if not (drawn.probe.items and drawn.held_out.items and drawn.rest.items):
+    cuts = np.split(order_M, [min(PROBE_ROWS, (len(order_M) + 1) // 2)])
+    probe, rest = (prepared(task, {name: array[cut_M] for name, array in arrays.items()}) for cut_M in cuts)
+    if not probe.items:
         raise InputError(
             f"{run.spec.corpus.uri}: of {len(drawn_M):,} rows drawn at random too few can be scored",
             "is task right for this corpus? Or raise producer.sample_rows",
         )
-    return drawn
+    return probe, rest

@@ -223,16 +223,10 @@ class Tuner:
 
         rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         drawn = draw_sample(self._run, self._task, self._sample_rows)
-        probe, held_out, rest = (self._batches(part) for part in (drawn.probe, drawn.held_out, drawn.rest))
-        mine, start = [], 0
-        for batches, part in ((probe, drawn.probe), (held_out, drawn.held_out), (rest, drawn.rest)):
-            numbers = range(start, start + len(batches))[rank::workers]
-            mine.append(Sample(batches[rank::workers], part.items, numbers))
-            start += len(batches)
-        rows = sum(shard.rows for shard in self._run.shards[: self._run.additions[0].stop_shard])
-        first_order = self._run.spec.score.way in ("gradient", "jvp")
-        whole = mine[0] + mine[1] + mine[2]
-        return Setting(self._base, self._task, mine[2], mine[1], probe, whole, rows, seed, first_order)
+        probe, rest = (self._batches(part) for part in drawn)
+        numbers = range(len(probe) + len(rest))[rank::workers]
+        sample = Sample([*probe, *rest][rank::workers], sum(part.items for part in drawn), numbers)
+        return Setting(self._base, self._task, probe, sample, seed, self._run.spec.score.way in ("gradient", "jvp"))
 
     def _batches(self, inputs: Inputs) -> list[Batch]:
         """All of some rows, as the curvature takes them."""

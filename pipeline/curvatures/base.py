@@ -109,14 +109,6 @@ class Sample:
         """Whether there are other workers."""
         return dist.is_initialized() and dist.get_world_size() > 1
 
-    def all_numbers(self) -> set[int]:
-        """Of the batches of all workers."""
-        found = [list(self.numbers)]
-        if self.is_split:
-            found = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(found, list(self.numbers))
-        return {number for theirs in found for number in theirs}
-
     def first(self, device: torch.device) -> Sample:
         """The batch of the smallest number alone, at the worker that has it.
 
@@ -157,9 +149,6 @@ class Sample:
 
 class Curvature(Protocol):
     """A matrix G [P, P] that says how the corpus's loss bends, in a form that can be inverted."""
-
-    exact: bool
-    """Whether it is the Gauss-Newton matrix itself. Steps of another may be many times too long."""
 
     def fit(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int

@@ -6,7 +6,6 @@ Shapes: Q vectors, P numbers of the chosen parameters.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,6 @@ from .per_example import PerExample
 
 class Diagonal:
     """G = diagonal of the mean over the sample of g g', g an example's gradient. See Curvature."""
-
-    exact: ClassVar[bool] = False
 
     def __init__(self, by_share: bool = False) -> None:
         self._by_share = by_share

@@ -11,7 +11,6 @@ Shapes: Q vectors, P numbers of the chosen parameters, B rows of a batch, T posi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -45,8 +44,6 @@ class EKFAC:
     Args:
         by_share: Whether dampings are shares of each layer's mean eigenvalue, and of the mean of each diagonal.
     """
-
-    exact: ClassVar[bool] = False
 
     def __init__(self, by_share: bool = False) -> None:
         self._by_share = by_share

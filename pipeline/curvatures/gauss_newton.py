@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,6 @@ class GaussNewton:
         iterations: Of conjugate gradients, at most.
         tolerance: A solve ends when no residual is longer than this share of its right-hand side.
     """
-
-    exact: ClassVar[bool] = True
 
     def __init__(self, iterations: int, tolerance: float) -> None:
         self._iterations, self._tolerance = iterations, tolerance

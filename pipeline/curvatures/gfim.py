@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +44,6 @@ class GFIM:
     Tensors of more than two dimensions are matrices [first, rest]. Vectors, numbers and matrices of more than LARGEST_SIDE rows
     get the diagonal of their Fisher matrix.
     """
-
-    exact: ClassVar[bool] = False
 
     def __init__(self, by_share: bool = False) -> None:
         self._by_share = by_share

@@ -15,7 +15,7 @@ a row, K rows of S.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +101,6 @@ class Kernel:
         self.inner_KK = self._inner()
         """S S', float64."""
 
-    def of(self, numbers: Collection[int]) -> Tensor:
-        """Which rows of S belong to some batches: [K], bool."""
-        return torch.tensor([part.number in numbers for part in self.parts for _ in part.rows])
-
     def along(self, vector_QP: Tensor) -> Tensor:
         """S times every vector: [K, Q], float64."""
         found_KQ = self.inner_KK.new_zeros(self.rows, len(vector_QP))
@@ -132,6 +128,18 @@ class Kernel:
             weight_K1 = solve(self.along(slope_1P)) / rows
             found.append(((slope_1P.double() - self.back(weight_K1)) / damping).to(slope_QP.dtype))
         return torch.cat(found)
+
+    def norms(self, slope_QP: Tensor) -> Callable[[float], tuple[Tensor, Tensor]]:
+        """Of a damping d, with v the solve of a vector g: g' v = v' G v + d v' v, and v' G v, [Q] each, float64."""
+        along_KQ, rows = self.along(slope_QP), self._sample.rows
+        square_Q = (slope_QP.double() ** 2).sum(dim=1)
+
+        def norms(damping: float) -> tuple[Tensor, Tensor]:
+            weight_KQ = damped(self.inner_KK / rows, damping)(along_KQ) / rows
+            whole_Q = (square_Q - (weight_KQ * along_KQ).sum(dim=0)) / damping
+            return whole_Q, (weight_KQ**2).sum(dim=0) * rows  # S v = N w
+
+        return norms
 
     def product(self, vector_QP: Tensor) -> Tensor:
         """G times every vector: [Q, P]."""

@@ -64,22 +64,16 @@ class Setting:
     Args:
         base: Base model in eval mode; must come back unchanged.
         task: Says what a loss is.
-        rest: Random rows, shared out over the workers.
-        held_out: Others, shared out too, on which choices are judged.
-        probe: Others again, the same at every worker: batches [B, *shape].
-        everything: All of these rows, shared out.
-        rows: Rows of the corpus.
+        probe: Some random rows, the same at every worker: batches [B, *shape].
+        sample: All that were drawn, those of the probe among them, shared out over the workers.
         seed: All randomness must derive from it.
         first_order: Whether scores are derivatives along a step, so that its length changes their unit and nothing else.
     """
 
     base: nn.Module
     task: Task
-    rest: Sample
-    held_out: Sample
     probe: Sequence[Batch]
-    everything: Sample
-    rows: int
+    sample: Sample
     seed: int
     first_order: bool = False
 

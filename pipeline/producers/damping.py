@@ -1,18 +1,9 @@
-"""How much a curvature is damped, chosen on rows of the corpus that it was not fitted to.
+"""How much a curvature is damped: so much that the corpus's rows support nearly half of what is left of a gradient.
 
-A small damping trusts every direction in which the sample bends, noise too; a large one sees no curvature at all. What a natural
-step v is for is to take one example's loss down (or up) at the least cost to all others. For example t joining a corpus of n
-that is to first order the minimum of
-
-    1/2 v' (G + H_t / n) v - v' g_t,
-
-G the curvature of all examples, H_t that of t itself. So rows of the corpus take the place of queries, v is solved for with the
-curvature of one half of the sample, and G is that of the other half: the damping whose steps do best there is taken, read off
-between those that are tried.
-
-A curvature that is not the sample's own (a diagonal, say) misses so much of it that its steps are ten times too long. That says
-nothing against their direction, and a damping large enough to shorten them would leave nothing of it. So each is first scaled to
-the length that does best on the rows that it was fitted to, and every row counts alike, whatever its gradient's length.
+With v = (G + d I)^-1 g, the influence norm of a gradient g is sqrt(g' v), and g' v = v' G v + d v' v: a part that the sample's
+rows bend, and a part that only the damping d holds. A small damping trusts every direction in which the sample happens not to
+bend, a large one sees no curvature at all. Where the first part is SUPPORT of the whole, over the norms of some rows of the
+corpus, retraining was foretold best on seven worlds (decision 19).
 
 Shapes: Q rows in the place of queries, P numbers of the chosen parameters.
 """
@@ -20,149 +11,114 @@ Shapes: Q rows in the place of queries, P numbers of the chosen parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..curvatures.base import Curvature, Parameters, Sample
-from ..curvatures.gauss_newton import GaussNewton, product
-from ..curvatures.kernel import Kernel, damped
-from ..curvatures.linearised import Linearised
+from ..curvatures.base import Curvature, Parameters
+from ..curvatures.gauss_newton import GaussNewton
+from ..observe import say
 from ..tasks.base import Batch
 from .base import Setting
 
-SHARES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-"""Dampings that are tried, as shares of the curvature along gradients."""
-FINE_SHARES = (*SHARES, 3e-4, 1e-4, 3e-5, 1e-5)
-"""The same for a curvature that is not exact: what it leaves out bends nothing, so that less noise is trusted by mistake."""
-ROWS, FEWEST_ROWS = 64, 8
-"""Rows of the probe that take the place of queries, at most; fewer of a model so large that their vectors fill VECTOR_BYTES."""
-VECTOR_BYTES = 16 << 30
-"""Of vectors that are held for all rows together."""
-VECTORS_HELD = 8
-"""For each row."""
+SUPPORT = 0.45
+"""Share of influence norms that the sample's rows are to support."""
+START, FACTOR = 0.01, 10.0
+"""First damping tried, in nats; it is multiplied or divided until the right one lies between two."""
+FARTHEST = 1e4
+"""Times, or a part of, the curvature along gradients: dampings beyond are not tried."""
+CLOSE = 0.6
+"""Logarithms of dampings between which support is a straight line."""
+INVERTED_ROWS, OTHER_ROWS = 64, 16
+"""Rows of the probe that take the place of queries: with a curvature that is inverted, and with one whose every solve goes
+through the sample."""
+VECTOR_BYTES = 4 << 30
+"""Of vectors that are held for all rows together; fewer rows of a model so large that they do not fit."""
+VECTORS_HELD, FEWEST_ROWS = 8, 4
+_Norms = Callable[[float], tuple[Tensor, Tensor]]
+"""Of a damping, the squares of rows' influence norms and what of them the sample supports, [Q] each."""
 
 
 def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvature) -> dict[str, float | str]:
     """The damping, and what speaks for it; the same at every worker.
 
-    Returns:
-        `curvature_scale`: curvature along gradients of rows, in nats. `damping`: that which does best.
-        `damping_tried`: every damping with its criterion, lower is better: in nats (of a curvature
-        that is not exact, for gradients of length 1). Empty details if the loss does not bend.
-    """
-    fitting = VECTOR_BYTES // (VECTORS_HELD * parameters.size * 4)
-    rows = single_rows(setting.probe, min(ROWS, max(FEWEST_ROWS, fitting)))
-    slope_QP = torch.stack([setting.slope(parameters, row) for row in rows])
-    if isinstance(curvature, GaussNewton):
-        curvature.load(setting.base, setting.task, parameters, setting.everything, {})
-        if curvature.kernel is not None:
-            return by_kernel(setting, curvature.kernel, slope_QP)
-    scale = _mean_share(dot(slope_QP, _bent(setting, parameters, setting.rest, slope_QP)), dot(slope_QP, slope_QP))
-    if not scale > 0:
-        return {"curvature_scale": scale}
-    tensors = curvature.fit(setting.base, setting.task, parameters, setting.rest, setting.seed)
-    curvature.load(setting.base, setting.task, parameters, setting.rest, tensors)
-    if not curvature.exact:
-        slope_QP = slope_QP / slope_QP.norm(dim=1, keepdim=True).clamp(min=torch.finfo(slope_QP.dtype).tiny)
-    costs: dict[float, float] = {}
-    for damping, step_QP in _steps(curvature, slope_QP, scale):
-        scaled_QP = step_QP if curvature.exact else _scaled(setting, parameters, slope_QP, step_QP)
-        costs[damping] = _cost(setting, parameters, rows, slope_QP, scaled_QP)
-    return {"curvature_scale": scale, "damping": cheapest(costs), "damping_tried": _said(costs)}
-
-
-def by_kernel(setting: Setting, kernel: Kernel, slope_QP: Tensor) -> dict[str, float | str]:
-    """The same with the curvature's kernel, where no product with vectors is needed any more.
-
-    With v = (g - S_r' c) / d, S_r the rows of S of the half of the sample that v is solved with, S v is (S g - S S_r' c) / d
-    for the rows of the other half, and for those of a row that takes the place of a query.
-
     Args:
         setting: The sample.
-        kernel: Of all of it.
-        slope_QP: Gradients of the first rows of the probe.
+        parameters: Those that move.
+        curvature: Of the whole sample, loaded.
+
+    Returns:
+        `damping`, in nats; `damping_support`: every damping that was tried, with the share of influence norms that the sample
+        supported. Empty if the loss does not bend.
     """
-    along_KQ, square_Q = kernel.along(slope_QP), dot(slope_QP, slope_QP)
-    rest_K, held_out_K = kernel.of(setting.rest.all_numbers()), kernel.of(setting.held_out.all_numbers())
-    own_KQ = _own(setting, kernel, len(slope_QP)).to(along_KQ.device)
-    rest_rr, others_Kr = kernel.inner_KK[rest_K][:, rest_K] / setting.rest.rows, kernel.inner_KK[:, rest_K]
-    scale = _mean_share((along_KQ[rest_K] ** 2).sum(dim=0) / setting.rest.rows, square_Q)
-    if not scale > 0:
-        return {"curvature_scale": scale}
+    fitting = VECTOR_BYTES // (VECTORS_HELD * parameters.size * 4)
+    most = INVERTED_ROWS if _is_inverted(curvature) else OTHER_ROWS
+    rows = single_rows(setting.probe, min(most, max(FEWEST_ROWS, fitting)))
+    norms = _norms(curvature, torch.stack([setting.slope(parameters, row) for row in rows]))
+    tried: dict[float, float] = {}
 
-    def cost(damping: float) -> float:
-        weight_rQ = damped(rest_rr, damping)(along_KQ[rest_K]) / setting.rest.rows
-        bent_KQ = (along_KQ - others_Kr @ weight_rQ) / damping
-        lowered_Q = (square_Q - (weight_rQ * along_KQ[rest_K]).sum(dim=0)) / damping
-        bent_Q = (bent_KQ[held_out_K] ** 2).sum(dim=0) / setting.held_out.rows
-        own_Q = ((bent_KQ * own_KQ) ** 2).sum(dim=0) / setting.rows
-        return float((0.5 * (bent_Q + own_Q) - lowered_Q).mean())
+    def support(damping: float) -> float:
+        square_Q, part_Q = norms(damping)
+        norm_Q = square_Q.clamp(min=0).sqrt()
+        share_Q = torch.where(norm_Q > 0, part_Q / norm_Q.clamp(min=torch.finfo(norm_Q.dtype).tiny), 0.0)
+        tried[damping] = float(share_Q.sum() / norm_Q.sum()) if norm_Q.sum() > 0 else 0.0
+        return tried[damping]
 
-    costs = {share * scale: cost(share * scale) for share in SHARES}
-    return {"curvature_scale": scale, "damping": cheapest(costs), "damping_tried": _said(costs)}
-
-
-def _own(setting: Setting, kernel: Kernel, queries: int) -> Tensor:
-    """Which rows of S are those of each of the first rows of the probe: [K, Q]."""
-    starts, own_KQ = [0], torch.zeros(kernel.rows, queries, dtype=torch.bool)
-    for batch in setting.probe:
-        starts.append(starts[-1] + len(next(iter(batch.values()))))
-    for part in kernel.parts:
-        if part.number < len(setting.probe):
-            for place, row in enumerate(part.rows, part.start):
-                if starts[part.number] + row < queries:
-                    own_KQ[place, starts[part.number] + row] = True
-    return own_KQ
+    damping = supporting(support)
+    if damping is None:
+        return {}
+    return {
+        "damping": damping,
+        "damping_support": ", ".join(f"{each:.3g}: {tried[each]:.2f}" for each in sorted(tried)),
+    }
 
 
-def _said(costs: Mapping[float, float]) -> str:
-    return ", ".join(f"{damping:.3g}: {cost:.4g}" for damping, cost in costs.items())
+def _is_inverted(curvature: Curvature) -> bool:
+    return not isinstance(curvature, GaussNewton) or curvature.kernel is not None
 
 
-def cheapest(costs: Mapping[float, float]) -> float:
-    """The lowest point of a parabola through the cheapest and its neighbours, over logarithms; at an end, the one there."""
-    dampings = sorted(costs)
-    at = dampings.index(min(costs, key=costs.__getitem__))
-    if at in (0, len(dampings) - 1):
-        return dampings[at]
-    near = dampings[at - 1 : at + 2]
-    bend, slope, _ = np.polyfit([math.log(each / near[1]) for each in near], [costs[each] for each in near], 2)
-    return near[1] * math.exp(-slope / (2 * bend)) if bend > 0 else near[1]
+def _norms(curvature: Curvature, slope_QP: Tensor) -> _Norms:
+    if isinstance(curvature, GaussNewton) and curvature.kernel is not None:
+        return curvature.kernel.norms(slope_QP)
+
+    def norms(damping: float) -> tuple[Tensor, Tensor]:
+        step_QP = curvature.solve(slope_QP, [damping])[0]
+        square_Q = dot(slope_QP, step_QP)
+        return square_Q, square_Q - damping * dot(step_QP, step_QP)
+
+    return norms
 
 
-def _steps(curvature: Curvature, slope_QP: Tensor, scale: float) -> Iterator[tuple[float, Tensor]]:
-    """Every damping, the largest first, and steps with it; those of a factored curvature are not all held at once."""
-    dampings = [share * scale for share in (SHARES if curvature.exact else FINE_SHARES)]
-    if curvature.exact:
-        yield from zip(dampings, curvature.solve(slope_QP, dampings), strict=True)
-    else:
-        yield from ((damping, curvature.solve(slope_QP, [damping])[0]) for damping in dampings)
+def supporting(support: Callable[[float], float]) -> float | None:
+    """The damping with SUPPORT, read off between two that are near; an end of the search, if it lies beyond.
 
-
-def _scaled(setting: Setting, parameters: Parameters, slope_QP: Tensor, step_QP: Tensor) -> Tensor:
-    """Steps, those shortened that are longer than lowers 1/2 v' G v - v' g most on the rows that the curvature was fitted to."""
-    bent_Q = dot(step_QP, _bent(setting, parameters, setting.rest, step_QP))
-    best_Q = dot(step_QP, slope_QP) / bent_Q.clamp(min=torch.finfo(bent_Q.dtype).tiny)
-    return step_QP * best_Q.clamp(max=1.0).to(step_QP.dtype)[:, None]
-
-
-def _cost(setting: Setting, parameters: Parameters, rows: Sequence[Batch], slope_QP: Tensor, step_QP: Tensor) -> float:
-    """The criterion: mean over rows of 1/2 v' (G + H_t / n) v - v' g_t, in nats."""
-    bent_QP = _bent(setting, parameters, setting.held_out, step_QP)
-    own_QP = torch.stack(
-        [
-            Linearised(setting.base, setting.task, parameters, row).gauss_newton(step_P[None])[0]
-            for row, step_P in zip(rows, step_QP, strict=True)
-        ]
-    )
-    return float((0.5 * (dot(step_QP, bent_QP) + dot(step_QP, own_QP) / setting.rows) - dot(step_QP, slope_QP)).mean())
-
-
-def _bent(setting: Setting, parameters: Parameters, sample: Sample, vector_QP: Tensor) -> Tensor:
-    return product(setting.base, setting.task, parameters, sample, vector_QP)
+    Returns:
+        None: nothing bends.
+    """
+    here, there = START, support(START)
+    if not 0 < there < 1:
+        return None
+    bending = START * there / (1 - there)  # if all of it were of one curvature
+    least, most = bending / FARTHEST, bending * FARTHEST
+    found = {here: there}
+    while (found[here] > SUPPORT) == (there > SUPPORT):
+        if here < least if there <= SUPPORT else here > most:
+            say(
+                f"warning: dampings from {min(found):.2g} to {max(found):.2g} were tried, and none is right: {here:.2g} is "
+                "taken. Give producer.damping, and judge it by mirrorscope evaluate"
+            )
+            return here
+        here *= FACTOR if there > SUPPORT else 1 / FACTOR
+        found[here] = support(here)
+    low, high = here, here / FACTOR if there > SUPPORT else here * FACTOR
+    low, high = min(low, high), max(low, high)
+    while math.log(high / low) > CLOSE:
+        middle = math.sqrt(low * high)
+        found[middle] = support(middle)
+        low, high = (middle, high) if found[middle] > SUPPORT else (low, middle)
+    above = (found[low] - SUPPORT) / max(found[low] - found[high], 1e-12)
+    return low * (high / low) ** min(max(above, 0.0), 1.0)
 
 
 def single_rows(batches: Sequence[Batch], rows: int) -> Sequence[Batch]:
@@ -178,9 +134,3 @@ def single_rows(batches: Sequence[Batch], rows: int) -> Sequence[Batch]:
 def dot(left_QP: Tensor, right_QP: Tensor) -> Tensor:
     """Dot products of rows, [Q], in float64."""
     return (left_QP.double() * right_QP.double()).sum(dim=1)
-
-
-def _mean_share(part_Q: Tensor, whole_Q: Tensor) -> float:
-    """Mean of quotients, of those that have something to divide by; 0 if none has."""
-    there_Q = whole_Q > 0
-    return float((part_Q[there_Q] / whole_Q[there_Q]).mean()) if there_Q.any() else 0.0

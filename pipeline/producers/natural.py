@@ -71,13 +71,16 @@ class Natural:
             for name, value in (("damping", self.damping), ("damping_share", self.damping_share))
             if value is not None
         }
-        chosen = chosen or choose_damping(setting, parameters, curvature)
-        if not {"damping", "damping_share"} & chosen.keys():
+        given = (setting.base, setting.task, parameters, setting.sample)
+        tensors = curvature.fit(*given, setting.seed)
+        if not chosen:
+            curvature.load(*given, tensors)
+            chosen = choose_damping(setting, parameters, curvature)
+        if not chosen:
             raise NumericsError(
-                f"the corpus's loss bends by {chosen['curvature_scale']} along gradients of its rows: no natural step",
+                "the corpus's loss does not bend along gradients of its rows: no natural step",
                 "is the model certain of all of them, or is the loss a straight line in the model's outputs?",
             )
-        tensors = curvature.fit(setting.base, setting.task, parameters, setting.everything, setting.seed)
         return Fitted(tensors, {"curvature": self.curvature, **chosen, **choice.details})
 
     def produce_all(
@@ -85,7 +88,7 @@ class Natural:
     ) -> Iterator[tuple[str, Produced | NumericsError]]:
         """See SampleProducer."""
         parameters, curvature = Parameters(setting.base, self._choice(setting).names), self._of_corpus
-        curvature.load(setting.base, setting.task, parameters, setting.everything, fitted.tensors)
+        curvature.load(setting.base, setting.task, parameters, setting.sample, fitted.tensors)
         stepper, steps = Stepper(setting.base, setting.task, parameters, setting.probe), {}
         block = max(1, BLOCK_BYTES // (VECTORS_HELD * parameters.size * 4))
         query_ids = list(queries)

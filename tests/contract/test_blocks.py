@@ -113,7 +113,7 @@ def tuned(word, base, last_blocks, task=PICTURES, batch=None):
         return load_producer(section(last_blocks=last_blocks, steps=2)).produce(base, task, query, 0)
     producer = load_producer(Natural(curvature=word, last_blocks=last_blocks, iterations=3))
     sample = sample_of(batch, rows_each=6)
-    setting = Setting(base, task, sample, sample, sample.batches[:1], sample, sample.rows, seed=0)
+    setting = Setting(base, task, sample.batches[:1], sample, seed=0)
     ((_, produced),) = producer.produce_all(setting, {"a": query}, producer.fit(setting))
     return produced
 

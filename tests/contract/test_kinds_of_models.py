@@ -249,7 +249,7 @@ def test_natural_steps_move_losses_as_derivatives_say(kind, curvature):
     ModelCheck(base, TASK).require_independent(rows, 4, 0)
     tensors = [{name: torch.tensor(array) for name, array in rows.rows(np.arange(i, i + 4)).items()} for i in (0, 4, 8)]
     sample = Sample(tensors, 12)
-    setting = Setting(base, TASK, sample, sample, tensors[:1], sample, 12, 0)
+    setting = Setting(base, TASK, tensors[:1], sample, 0)
     producer = load_producer(Natural(curvature=curvature, damping=0.1))
     query = {name: torch.tensor(array) for name, array in arrays(2, seed=3).items()}
     pristine = copy.deepcopy(base)

@@ -8,13 +8,11 @@ from torch import nn
 
 from pipeline.choices import CausalLMTask
 from pipeline.curvatures.base import Parameters, Sample
-from pipeline.curvatures.gauss_newton import GaussNewton
 from pipeline.curvatures.per_example import PerExample
 from pipeline.errors import ContractError
 from pipeline.extensions import load_producer, load_task
 from pipeline.producer_choices import Natural
 from pipeline.producers.base import Setting
-from pipeline.producers.damping import choose_damping
 from pipeline.tasks.classification import Classification
 from tests.contract.test_curvatures import (
     CLASSES,
@@ -89,28 +87,6 @@ def test_a_layer_that_later_gets_other_rows_is_an_error():
         fitted("diagonal", model, of, task(1, 2))
 
 
-class TooShort(GaussNewton):
-    """The matrix itself, but for a factor that makes its steps too long."""
-
-    exact = False
-
-    def __init__(self, factor):
-        super().__init__(iterations=20, tolerance=1e-6)
-        self._factor = factor
-
-    def solve(self, slope_QP, dampings):
-        return [self._factor * each for each in super().solve(slope_QP, dampings)]
-
-
-def test_the_damping_does_not_depend_on_how_long_steps_are():
-    """Those ten and a thousand times too long are judged alike: it is their direction that counts."""
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)).to(DOUBLE)
-    parts = [sample(size, shape=(4,)) for size in (9, 5, 12)]
-    setting = Setting(model, task(4), parts[0], parts[1], batches(3, shape=(4,)), parts[2], 100, SEED)
-    ten, thousand = (choose_damping(setting, Parameters(model), TooShort(factor)) for factor in (10, 1000))
-    assert ten == thousand
-
-
 def gpt2():
     """Linear layers with their weights turned over, and a tied vocabulary."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -166,7 +142,7 @@ def test_natural_steps_along_it(word, name, damping):
     make, make_task, batch = MODELS[name]
     model, by = make(), make_task()
     whole = Sample([batch(6), batch(4)], 10)
-    setting = Setting(model, by, whole, whole, [batch(5)], whole, 100, SEED)
+    setting = Setting(model, by, [batch(5)], whole, SEED)
     producer = load_producer(Natural(curvature=word, damping=damping))
     found = producer.fit(setting)
     assert all(each.isfinite().all() for each in found.tensors.values())

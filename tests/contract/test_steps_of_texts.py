@@ -40,7 +40,7 @@ every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def produced(base, first_order=True, **fields):
     """Counterparts of two queries, as changes."""
     sample = Sample([batch(4, seed=seed) for seed in (1, 2)], 8)
-    setting = Setting(base, TASK, sample, sample, sample.batches[:1], sample, 8, 0, first_order)
+    setting = Setting(base, TASK, sample.batches[:1], sample, 0, first_order)
     producer = load_producer(Natural(sample_rows=8, **{**DEFAULT, **fields}))
     queries = {"a": batch(1, seed=7), "b": batch(2, seed=8)}
     found = dict(producer.produce_all(setting, queries, producer.fit(setting)))

@@ -10,7 +10,7 @@ from pipeline.extend import extend
 from pipeline.freeze import freeze
 from pipeline.frozen import open_run
 from pipeline.run import finish
-from pipeline.sample import SMALL, draw_sample
+from pipeline.sample import draw_sample
 from pipeline.tuner import Tuner
 from tests.conftest import run_without_ray
 from tests.small import Small, work_off
@@ -82,23 +82,21 @@ def test_other_batches_are_another_run_but_nearly_the_same_scores(make_spec):
     assert ours["change_norm"] == pytest.approx(theirs["change_norm"], rel=1e-3)
 
 
-def test_a_sample_has_three_parts_that_share_no_row(make_spec):
-    """Of 64 rows: an eighth is the probe, half is held out, the rest is the rest; the same at every start."""
+def test_a_sample_has_two_parts_that_share_no_row(make_spec):
+    """Of 64 rows half is the probe; the same at every start."""
     run = freeze(make_spec(NATURAL))
     task = Tuner(run, "cpu")._task
     drawn, again = draw_sample(run, task, 64), draw_sample(run, task, 64)
-    assert (8, 32, 24) == (drawn.probe.items, drawn.held_out.items, drawn.rest.items)
-    parts = [part.whole()["features"] for part in (drawn.probe, drawn.held_out, drawn.rest)]
+    assert (32, 32) == tuple(part.items for part in drawn)
+    parts = [part.whole()["features"] for part in drawn]
     assert 64 == len({row.tobytes() for part in parts for row in part})
-    assert (parts[2] == again.rest.whole()["features"]).all()
+    assert (parts[1] == again[1].whole()["features"]).all()
 
 
-def test_of_a_tiny_corpus_every_part_is_all_of_it(small, tmp_path):
+def test_of_a_tiny_corpus_the_sample_is_all(small, tmp_path):
     """13 rows of which one cannot be decoded."""
     run = freeze(small.spec(tmp_path / "run"))
-    drawn = draw_sample(run, Tuner(run, "cpu")._task, 4096)
-    assert 12 < SMALL
-    assert [12] * 3 == [part.items for part in (drawn.probe, drawn.held_out, drawn.rest)]
+    assert [6, 6] == [part.items for part in draw_sample(run, Tuner(run, "cpu")._task, 4096)]
 
 
 def test_a_shared_model_is_refused_before_any_work(make_spec):

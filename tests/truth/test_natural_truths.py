@@ -22,7 +22,6 @@ from tests.truth.setup import BATCH_ROWS, TRAIN_ROWS, Fitted, fit
 
 pytestmark = pytest.mark.slow
 TASK = Classification("pixels", "label", [1, 8, 8], temperature=2.0)
-HELD_OUT = int(sample.HELD_OUT * TRAIN_ROWS)
 
 
 def batches(fitted: Fitted, rows, first: int) -> Sample:
@@ -33,11 +32,8 @@ def batches(fitted: Fitted, rows, first: int) -> Sample:
 def setting(fitted: Fitted) -> Setting:
     """The sample as stage tune draws it: all rows, in random order."""
     order = torch.randperm(TRAIN_ROWS, generator=torch.Generator().manual_seed(3)).numpy()
-    probe, held_out, rest = (
-        batches(fitted, part, 100 * i)
-        for i, part in enumerate(np.split(order, [sample.PROBE_ROWS, sample.PROBE_ROWS + HELD_OUT]))
-    )
-    return Setting(fitted.model, TASK, rest, held_out, probe.batches, probe + held_out + rest, TRAIN_ROWS, seed=0)
+    probe, rest = (batches(fitted, part, 100 * i) for i, part in enumerate(np.split(order, [sample.PROBE_ROWS])))
+    return Setting(fitted.model, TASK, probe.batches, probe + rest, seed=0)
 
 
 def scores(fitted: Fitted, queries, task=TASK) -> tuple[np.ndarray, np.ndarray]:
