@@ -112,6 +112,7 @@ def show_plan(run: Run, plan: Plan, predicted: forecast.Forecast | None = None) 
     """What a run would do, and how long that takes if it was measured."""
     spec, tune, score = run.spec, run.spec.resources.tune, run.spec.resources.score
     done = len(run.committed()) if storage.exists(run.uri("run.yaml")) else 0
+    cpus = "as many CPUs as a machine has" if tune.cpus is None else f"{tune.cpus:g} CPU"
     actors = f"{score.actors} actors" if score.actors else "as many actors as fit"
     each, times = (", of each member", f"{plan.members} members x ") if plan.members > 1 else ("", "")
     table = Table(show_header=False, box=None)
@@ -128,7 +129,7 @@ def show_plan(run: Run, plan: Plan, predicted: forecast.Forecast | None = None) 
         "objects": f"{plan.objects:,} written in all",
         "scores": f"about {plan.score_bytes / MIB:,.1f} MiB of Parquet",
         "ray": spec.resources.address or "RAY_ADDRESS, else embedded on this machine",
-        "tune": f"{min(tune.workers, plan.queries)} workers x {tune.cpus:g} CPU, {tune.gpus:g} GPU",
+        "tune": f"{min(tune.workers, plan.queries)} workers x {cpus}, {tune.gpus:g} GPU",
         "score": f"{actors} x {score.cpus:g} CPU, {score.gpus:g} GPU",
         "rank": f"{spec.rank.k} per side and query, {spec.rank.transform} score",
         **(forecast.lines(predicted) if predicted else {}),

@@ -17,8 +17,10 @@ from . import embedded
 from .errors import ClusterError, ClusterLostError, PipelineError, first_line
 from .lifeline import call, in_thread
 from .observe import duration, every, say
-from .spec import ResourcesSection, ScoreResources
+from .spec import ResourcesSection, ScoreResources, TuneResources
 
+MOST_THREADS = 16
+"""Of a worker of stage tune that has a machine to itself."""
 SILENCE_S = 300.0
 """Without progress for so long, the watchdog says what the cluster has free."""
 EXECUTOR_ENDS_WITHIN_S = 10.0
@@ -170,6 +172,18 @@ def room(cpus: float, gpus: float, what: str) -> int:
     there = ray.cluster_resources()
     by_cpu = (there.get("CPU", 0.0) - 1) // cpus
     return max(1, int(min(by_cpu, there.get("GPU", 0.0) // gpus) if gpus else by_cpu))
+
+
+def tuning_cpus(resources: TuneResources) -> float:
+    """CPUs of each worker of stage tune, as the spec says or as its default has it."""
+    import ray
+
+    if resources.cpus is not None:
+        return resources.cpus
+    if resources.workers > 1 or resources.gpus:
+        return 1.0
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    return float(max(1, min(int(largest) - 1, MOST_THREADS)))
 
 
 def actors_of(resources: ScoreResources, works: int) -> int:

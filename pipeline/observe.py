@@ -154,7 +154,9 @@ class Progress:
         self._stage, self._total, self._unit = stage, total, unit
         self._before, self.done, self._examples = done, done, 0
         self._start_s, self._shown_s, self._shown_done = time.monotonic(), 0.0, -1
-        self._live = sys.stderr.isatty()
+        self._live, self._shown_line = sys.stderr.isatty(), ""
+        self.at_work = ""
+        """What workers are at, beside what is done."""
 
     def __enter__(self) -> Progress:
         self._show()
@@ -185,6 +187,7 @@ class Progress:
             f"{self.done / self._total:4.0%}" if self._total else "",
             rate(self._examples, elapsed_s),
             f"took {duration(elapsed_s)}" if self.done >= self._total else f"ETA {left}",
+            self.at_work if self.done < self._total else "",
         ]
         return "  ".join(part for part in parts if part)
 
@@ -192,11 +195,13 @@ class Progress:
         self._shown_s, self._shown_done = time.monotonic(), self.done
         if not self._shown:
             return
+        line = self.line()
         if self._live:
-            sys.stderr.write(f"\r\x1b[K{for_terminal(self.line())}" + ("\n" if last else ""))
+            sys.stderr.write(f"\r\x1b[K{for_terminal(line)}" + ("\n" if last else ""))
             sys.stderr.flush()
-        else:
-            say(self.line())
+        elif line != self._shown_line:
+            say(line)
+        self._shown_line = line
 
 
 @contextmanager

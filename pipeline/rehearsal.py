@@ -75,7 +75,8 @@ def rehearse(run: Run, plan: Plan) -> Forecast:
         say("warning: the spec asks for GPUs and there is none here: measured, and counted, on CPUs")
     with TemporaryDirectory(prefix="mirrorscope-") as folder:
         trial = _Trial(_beside(run, folder))
-        with _threads(tune.cpus):
+        tuning_cpus = tune.cpus or float(1 if tune.workers > 1 else os.cpu_count() or 1)
+        with _threads(tuning_cpus):
             once_s, query_s, together = trial.tune(_device(tune_unit))
         room = there // score.gpus if score_unit == "GPU" else (os.cpu_count() or 1) // score.cpus
         workers = Workers(
@@ -84,7 +85,7 @@ def rehearse(run: Run, plan: Plan) -> Forecast:
             actors=min(score.actors or max(1, int(room)), plan.shards),
             assumed=score.actors is None,
             tune_unit=tune_unit,
-            tune_units=tune.gpus if tune_unit == "GPU" else tune.cpus,
+            tune_units=tune.gpus if tune_unit == "GPU" else tuning_cpus,
             score_unit=score_unit,
             score_units=score.gpus if score_unit == "GPU" else score.cpus,
         )

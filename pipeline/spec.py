@@ -140,8 +140,9 @@ class TuneResources(Section):
 
     workers: _Count = 1
     """Workers; more than queries are not started."""
-    cpus: _Positive = 1.0
-    """CPUs of each, and torch threads (rounded down, at least one)."""
+    cpus: _Positive | None = None
+    """CPUs of each, and torch threads (rounded down, at least one). Null: with one worker and no GPU all of the largest machine
+    but one, up to 16; else one."""
     gpus: _NotNegative = 0.0
     """GPUs of each."""
     shard: bool = False

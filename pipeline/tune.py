@@ -11,8 +11,9 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+from . import phases
 from .artifacts import Run
-from .cluster import Watchdog, on_cluster, require
+from .cluster import Watchdog, on_cluster, require, tuning_cpus
 from .errors import PipelineError
 from .extensions import load_producer, sample_rows
 from .frozen import open_run
@@ -45,6 +46,7 @@ def tune(run: Run) -> None:
         failures = on_cluster("tune", lambda: _tune(run, pending, scratch))
     finally:  # here, where a signal comes by
         remove_folder(run.uri(scratch))
+        phases.forget(run.uri())
     if len(failures) > 1:
         say(f"{len(failures)} queries or workers failed, the first with this error; the other queries are committed")
     if failures:
@@ -56,21 +58,24 @@ def _tune(run: Run, pending: list[str], scratch: str) -> list[PipelineError]:
     resources = run.spec.resources.tune
     together = resources.shard or sample_rows(load_producer(run.spec.producer))
     workers = resources.workers if together else min(resources.workers, len(pending))
-    require(workers, resources.cpus, resources.gpus, "resources.tune")
+    cpus = tuning_cpus(resources)
+    require(workers, cpus, resources.gpus, "resources.tune")
     progress = Progress("tune", len(run.query_ids), "queries", done=len(run.query_ids) - len(pending))
-    watchdog = Watchdog("tune")
+    watchdog, seen = Watchdog("tune"), dict[str, object]()
 
     def look() -> None:
-        made = len(run.committed_queries())
-        if made != progress.done:
+        made, phase = len(run.committed_queries()), phases.of_run(run.uri())
+        if (made, phase) != seen.get("last"):
             watchdog.feed()
+        seen["last"] = made, phase
+        progress.at_work = phase.line() if phase else ""
         progress.at(made)
 
     with progress, every(POLL_S, look), watchdog.watching():
-        return _fit(run, workers, pending, scratch)
+        return _fit(run, workers, cpus, pending, scratch)
 
 
-def _fit(run: Run, workers: int, pending: list[str], scratch: str) -> list[PipelineError]:
+def _fit(run: Run, workers: int, cpus: float, pending: list[str], scratch: str) -> list[PipelineError]:
     """Run the workers to their end; what they could not do."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -80,11 +85,11 @@ def _fit(run: Run, workers: int, pending: list[str], scratch: str) -> list[Pipel
     backend = "cpu:gloo,cuda:nccl" if resources.shard and resources.gpus else "gloo"
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"run_uri": run.uri(), "pending": pending},
+        train_loop_config={"run_uri": run.uri(), "pending": pending, "threads": max(1, int(cpus))},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=resources.gpus > 0,
-            resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+            resources_per_worker={"CPU": cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
         run_config=RunConfig(
             name=scratch,
@@ -111,12 +116,13 @@ def _worker(config: dict[str, Any]) -> list[_Outcome]:
     failures: list[PipelineError] = []
     try:
         run = open_run(config["run_uri"])
-        torch.set_num_threads(max(1, int(run.spec.resources.tune.cpus)))
+        torch.set_num_threads(config["threads"])
         device = "cuda" if run.spec.resources.tune.gpus else "cpu"
         tuner = Tuner(run, device)
         done = run.committed_queries()
         mine = slice(None) if tuner.is_together else slice(rank, None, world_size)
-        failures += tuner.tune_all([query_id for query_id in config["pending"][mine] if query_id not in done])
+        with phases.Note(run.uri(), rank).taken():
+            failures += tuner.tune_all([query_id for query_id in config["pending"][mine] if query_id not in done])
     except PipelineError as error:
         failures += unless_retryable(error)
     gathered: list[_Outcome] = [([], [])] * world_size

@@ -21,7 +21,7 @@ def warn_of_changes(run: Run, spec: Spec) -> None:
     """Say what may round differently from what is committed already."""
     for stage in ("tune", "score"):
         before, after = getattr(run.spec.resources, stage), getattr(spec.resources, stage)
-        if (int(before.cpus), before.gpus > 0) != (int(after.cpus), after.gpus > 0):
+        if (before.cpus, before.gpus > 0) != (after.cpus, after.gpus > 0):
             say(
                 f"warning: {run.uri()} was begun with other workers for {stage} (threads or device): last bits may differ"
             )

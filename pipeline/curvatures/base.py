@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import phases
 from ..blocks import tunable
 from ..errors import NumericsError
 from ..tasks.base import Batch, Task
@@ -130,15 +131,18 @@ class Sample:
         """
         return self.sums(lambda batch: {"": of_batch(batch)}, {"": like})[""]
 
-    def sums(self, of_batch: Callable[[Batch], Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def sums(
+        self, of_batch: Callable[[Batch], Mapping[str, Tensor]], like: Mapping[str, Tensor], phase: str = ""
+    ) -> dict[str, Tensor]:
         """The same of several things at once.
 
         Args:
             of_batch: Gives tensors like `like` of every batch.
             like: Names, shapes and devices.
+            phase: What this pass is for, as a person is told; empty for what is not worth telling.
         """
         totals = {name: torch.zeros_like(each, dtype=torch.float64) for name, each in like.items()}
-        for batch in self.batches:
+        for batch in phases.each(phase, "batches", self.batches) if phase else self.batches:
             for name, each in of_batch(batch).items():
                 totals[name] += each
         if self.is_split:

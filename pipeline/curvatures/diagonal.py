@@ -59,5 +59,5 @@ def mean_squares(
             total[name] += (gradient**2).sum(dim=0)
         return total
 
-    sums = sample.sums(squares, like)
+    sums = sample.sums(squares, like, "curvature: diagonals, batch")
     return {name: (each / sample.rows).to(to_loss_dtype(like[name]).dtype) for name, each in sums.items()}

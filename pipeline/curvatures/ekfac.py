@@ -156,7 +156,7 @@ def _bases(
             found[f"{seen.layer.weight}/{_OUTPUTS}"] = slope_NO.mT @ slope_NO
         return found
 
-    sums = sample.sums(covariances, like)
+    sums = sample.sums(covariances, like, "curvature: bases (pass 1 of 3), batch")
     return {name: _eigenvectors(sums[name], sample).to(to_loss_dtype(each).dtype) for name, each in like.items()}
 
 
@@ -188,7 +188,7 @@ def _eigenvalues(
             found[name] = turned.sum_of_squares()
         return found
 
-    sums = sample.sums(squares, like)
+    sums = sample.sums(squares, like, "curvature: eigenvalues (pass 2 of 3), batch")
     return {
         f"{name}/{_VALUES}": (total / sample.rows).to(to_loss_dtype(like[name]).dtype) for name, total in sums.items()
     }

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .. import phases
 from ..tasks.base import Task
 from .base import Parameters, Sample
 from .kernel import Kernel, TooLargeError
@@ -98,7 +99,8 @@ def conjugate_gradients(
     one_Q = torch.ones_like(length_Q)
     before = now = [one_Q for _ in dampings]
     step_before_Q, turn_Q = one_Q, torch.zeros_like(one_Q)
-    for _ in range(iterations):
+    for iteration in range(iterations):
+        phases.at("conjugate gradients: iteration", iteration, iterations, "")
         active_Q = length_Q > tolerance**2 * first_Q  # one that is done stays as it is, whatever is solved beside it
         if not active_Q.any():
             break

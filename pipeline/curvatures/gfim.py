@@ -69,7 +69,7 @@ class GFIM:
                 total[name] += wide @ wide.mT
             return total
 
-        sums = drawn.sums(products, like) if like else {}
+        sums = drawn.sums(products, like, "curvature: matrices, batch") if like else {}
         matrices = {
             name: (total / drawn.rows / slots[name][0].numel()).to(to_loss_dtype(slots[name]).dtype)
             for name, total in sums.items()

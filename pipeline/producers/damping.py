@@ -16,18 +16,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import phases
 from ..curvatures.base import Curvature, Parameters
 from ..curvatures.gauss_newton import GaussNewton
 from ..observe import say
 from ..tasks.base import Batch
 from .base import Setting
 
-SUPPORT = 0.45
-"""Share of influence norms that the sample's rows are to support."""
+SUPPORT, FACTORED_SUPPORT = 0.45, 0.57
+"""Share of influence norms that the sample's rows are to support: by the Gauss-Newton matrix, and by a factored one, which leaves
+out what bends between layers and numbers."""
 START, FACTOR = 0.01, 10.0
 """First damping tried, in nats; it is multiplied or divided until the right one lies between two."""
 FARTHEST = 1e4
 """Times, or a part of, the curvature along gradients: dampings beyond are not tried."""
+MOST_TRIED = 12
+"""Dampings, about, that a search takes where it is long."""
 CLOSE = 0.6
 """Logarithms of dampings between which support is a straight line."""
 INVERTED_ROWS, OTHER_ROWS = 64, 16
@@ -59,13 +63,14 @@ def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvatur
     tried: dict[float, float] = {}
 
     def support(damping: float) -> float:
+        phases.at("damping", len(tried), MOST_TRIED, "tried")
         square_Q, part_Q = norms(damping)
         norm_Q = square_Q.clamp(min=0).sqrt()
         share_Q = torch.where(norm_Q > 0, part_Q / norm_Q.clamp(min=torch.finfo(norm_Q.dtype).tiny), 0.0)
         tried[damping] = float(share_Q.sum() / norm_Q.sum()) if norm_Q.sum() > 0 else 0.0
         return tried[damping]
 
-    damping = supporting(support)
+    damping = supporting(support, SUPPORT if isinstance(curvature, GaussNewton) else FACTORED_SUPPORT)
     if damping is None:
         return {}
     return {
@@ -90,8 +95,12 @@ def _norms(curvature: Curvature, slope_QP: Tensor) -> _Norms:
     return norms
 
 
-def supporting(support: Callable[[float], float]) -> float | None:
-    """The damping with SUPPORT, read off between two that are near; an end of the search, if it lies beyond.
+def supporting(support: Callable[[float], float], wanted: float) -> float | None:
+    """The damping with the support that is wanted, read off between two that are near; an end of the search, if it lies beyond.
+
+    Args:
+        support: Of a damping; falls where the damping grows.
+        wanted: Between 0 and 1.
 
     Returns:
         None: nothing bends.
@@ -101,23 +110,22 @@ def supporting(support: Callable[[float], float]) -> float | None:
         return None
     bending = START * there / (1 - there)  # if all of it were of one curvature
     least, most = bending / FARTHEST, bending * FARTHEST
-    found = {here: there}
-    while (found[here] > SUPPORT) == (there > SUPPORT):
-        if here < least if there <= SUPPORT else here > most:
+    found, before = {here: there}, here
+    while (found[here] > wanted) == (there > wanted):
+        if here < least if there <= wanted else here > most:
             say(
                 f"warning: dampings from {min(found):.2g} to {max(found):.2g} were tried, and none is right: {here:.2g} is "
                 "taken. Give producer.damping, and judge it by mirrorscope evaluate"
             )
             return here
-        here *= FACTOR if there > SUPPORT else 1 / FACTOR
+        before, here = here, here * (FACTOR if there > wanted else 1 / FACTOR)
         found[here] = support(here)
-    low, high = here, here / FACTOR if there > SUPPORT else here * FACTOR
-    low, high = min(low, high), max(low, high)
+    low, high = min(here, before), max(here, before)
     while math.log(high / low) > CLOSE:
         middle = math.sqrt(low * high)
         found[middle] = support(middle)
-        low, high = (middle, high) if found[middle] > SUPPORT else (low, middle)
-    above = (found[low] - SUPPORT) / max(found[low] - found[high], 1e-12)
+        low, high = (middle, high) if found[middle] > wanted else (low, middle)
+    above = (found[low] - wanted) / max(found[low] - found[high], 1e-12)
     return low * (high / low) ** min(max(above, 0.0), 1.0)
 
 

@@ -311,7 +311,7 @@ def test_the_sample_supports_its_share_at_the_damping_chosen(exact):
 @pytest.mark.parametrize("bending", [1e-9, 1e-3, 1.0, 3e6])
 def test_the_search_goes_as_far_as_it_must(bending, capsys):
     """Where everything bends by so much, bending / (bending + damping) is the share."""
-    found = supporting(lambda damping: bending / (bending + damping))
+    found = supporting(lambda damping: bending / (bending + damping), SUPPORT)
     assert found == pytest.approx(bending * (1 / SUPPORT - 1), rel=0.03)
     assert "" == capsys.readouterr().err
 
@@ -319,14 +319,14 @@ def test_the_search_goes_as_far_as_it_must(bending, capsys):
 @pytest.mark.parametrize(("share", "compare"), [(0.9, float.__gt__), (0.1, float.__lt__)])
 def test_an_end_of_the_search_is_said(share, compare, capsys):
     """What the sample supports does not change with the damping: the last that was tried is taken."""
-    assert compare(supporting(lambda damping: share), START)
+    assert compare(supporting(lambda damping: share, SUPPORT), START)
     assert "were tried, and none is right" in capsys.readouterr().err
 
 
 def test_without_any_support_there_is_no_damping():
     """Nothing bends; or nothing can be computed."""
-    assert supporting(lambda damping: 0.0) is None
-    assert supporting(lambda damping: math.nan) is None
+    assert supporting(lambda damping: 0.0, SUPPORT) is None
+    assert supporting(lambda damping: math.nan, SUPPORT) is None
 
 
 def test_a_query_without_a_slope_does_not_stop_the_others():
