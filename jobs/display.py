@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import forecast, noise, storage
+from pipeline import forecast, noise, phases, storage
 from pipeline.artifacts import Run
 from pipeline.checks import Audit
 from pipeline.ensemble import FOLDER, member_name, members_of, number_of_members
@@ -164,7 +164,9 @@ def show_status(run: Run) -> None:
     for place in range(number_of_members(run)):
         table.add_row(*_member_status(run, place))
     made = f"{queries:,} of {len(run.query_ids):,} counterparts"
-    table.add_row("tune", _state(queries, len(run.query_ids)), _lines(made, forecast.tuning(run, predicted)))
+    phase = phases.of_run(run.uri()) if queries < len(run.query_ids) else None
+    figures = _lines(made, f"at work: {phase.line()}" if phase else "", forecast.tuning(run, predicted))
+    table.add_row("tune", _state(queries, len(run.query_ids)), figures)
     figures = f"{commits:,} of {run.number_of_works:,} shards, {scored:,} rows scored, {rejected:,} rejected"
     if quarantined:
         figures += f", {quarantined:,} shards quarantined"

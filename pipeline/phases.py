@@ -46,7 +46,7 @@ class Phase:
         """As a person reads it: what it is, how far, and how long the rest of it takes."""
         left_s = (self.total - self.done) * (self.at_s - self.started_s) / self.done if self.done else None
         left = f", ETA {duration(left_s)}" if left_s is not None and self.done < self.total else ""
-        return f"{self.name} {self.done:,}/{self.total:,} {self.unit}{left}"
+        return f"{self.name} {self.done:,}/{self.total:,} {self.unit}".rstrip() + left
 
 
 _listeners: list[Callable[[str, int, int, str], None]] = []

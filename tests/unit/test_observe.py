@@ -97,6 +97,17 @@ def test_a_line_is_due_once_the_interval_has_passed(capsys, monkeypatch):
     assert ["tune  0/2 queries", "tune  1/2 queries", "tune  2/2 queries"] == shown
 
 
+def test_equal_lines_are_not_repeated(capsys, monkeypatch):
+    """Nothing new is no news; what workers are at is."""
+    monkeypatch.setattr(observe, "PLAIN_EVERY_S", 0.0)
+    with Progress("tune", 2, "queries") as progress:
+        for at_work in ("", "", "pass 1", "pass 1", "pass 2"):
+            progress.at_work = at_work
+            progress.at(0)
+    lines = capsys.readouterr().err.splitlines()
+    assert ["", "pass 1", "pass 2"] == [line.partition("ETA ?")[2].strip() for line in lines]
+
+
 def test_plain_lines_carry_no_terminal_codes(capsys):
     """A log file stays readable."""
     with Progress("score", 1, "shards") as progress:
