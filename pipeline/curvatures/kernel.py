@@ -33,8 +33,8 @@ from .per_example import PerExample
 
 MOST_OUTPUTS = 128
 """Of a row; Hessians of more are not taken apart."""
-KEPT = 0.8
-"""Of the trace of a batch's Hessians: about one row of S for each of the sample, and no world lost .01 of LDS (decision 19)."""
+MOST_KEPT, LEAST_KEPT = 0.95, 0.8
+"""Of the trace of a batch's Hessians: as much as one row of S for each of the batch's has, between these (decision 19)."""
 NOTHING = 1e-12
 """Of the largest eigenvalue: less is rounding."""
 MOST_ROWS, MOST_BYTES = 6000, 2 << 30
@@ -228,8 +228,9 @@ def _bends(model: nn.Module, task: Task, parameters: Parameters, batch: Batch) -
     value_BD, vector_BDD = torch.linalg.eigh(torch.stack(hessian, dim=1).double())
     value_BD, vector_BDD = value_BD.flip(1).clamp(min=0), vector_BDD.flip(2)  # the largest first
     sorted_M = value_BD.flatten().sort(descending=True).values
-    beyond_M = sorted_M.cumsum(0) > KEPT * sorted_M.sum()
-    least = float(sorted_M[int(beyond_M.int().argmax())]) if beyond_M.any() else 0.0
+    share_M = sorted_M.cumsum(0) / sorted_M.sum().clamp(min=torch.finfo(sorted_M.dtype).tiny)
+    fewest, most = (1 + int((share_M < kept).sum()) for kept in (LEAST_KEPT, MOST_KEPT))
+    least = float(sorted_M[min(max(rows, fewest), most, len(sorted_M)) - 1])
     root_BDD = vector_BDD * value_BD.sqrt()[:, None]
     pieces = []
     for at in range(sum(sizes)):

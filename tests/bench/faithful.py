@@ -1,6 +1,7 @@
 """`make bench-faithful`: whose scores are right? Every producer and every peer on the same models and data, by the judge.
 
-An MLP and a CNN on 1,000 digits, and a small language model on 500 sentences: LDS over half subsets, with 60 held-out queries;
+An MLP and a CNN on 1,000 digits, MLPs on two tables, and a small language model on 500 sentences: LDS over half subsets, with 60
+held-out queries;
 copies of 100 training examples, which should find themselves; 100 flipped labels, which 400 clean digits as one query should
 find; sentences that state a fact, which its question should find; models without a digit's strongest proponents. And whether the
 hypothesis itself holds; and what is lost where only the last blocks are tuned.
@@ -22,8 +23,11 @@ from sklearn.metrics import roc_auc_score
 
 from pipeline.artifacts import Run
 from tests.bench import faithful_blocks
+from tests.bench.faithful_classes import Classes
 from tests.bench.faithful_digits import Digits
+from tests.bench.faithful_images import TRAININGS, Handwritten
 from tests.bench.faithful_mirror import mirrors
+from tests.bench.faithful_tabular import Tabular
 from tests.bench.faithful_text import Questions, Text
 from tests.bench.faithful_world import Asked, Other, Sections, Timed, World, judge, peers, run
 from tests.bench.table import FOLDER, Row, at_least, figure, machine, publish
@@ -41,6 +45,8 @@ DIGITS: dict[str, Sections] = {
     **FACTORED,
 }
 """Method -> sections of its spec, for single digits."""
+CLASSES = {name: DIGITS[name] for name in ("ascent", "natural, temperature 1", "natural (default)", "natural, ekfac")}
+"""The same for other classifiers."""
 FIVE = "natural, five models"
 TEXT: dict[str, Sections] = {
     "preset: paper": PAPER,
@@ -208,6 +214,18 @@ def text(world: Text) -> None:
     _done(world, rows, found)
 
 
+def classes(world: Classes) -> None:
+    """The table of another classifier, on which the choice of the damping was judged (decision 19)."""
+    rows = singles(world, CLASSES)
+    theirs, ours = max(rows[name]["lds"] for name in EKFAC), rows["natural (default)"]["lds"]
+    conditions = f"{world.rows} rows, {world.queries} queries, {machine()}"
+    found = [
+        figure(f"{world.kind}: LDS of the default", ours, conditions),
+        figure(f"{world.kind}: LDS of the default, less kronfluence EK-FAC's better", ours - theirs, conditions),
+    ]
+    _done(world, rows, found)
+
+
 def mirror() -> None:
     """The hypothesis itself."""
     publish("faithful", mirrors())
@@ -221,6 +239,7 @@ def blocks() -> None:
 
 SETUPS = {
     "mlp": lambda: digits("mlp"), "cnn": lambda: digits("cnn"), "text": lambda: text(Text()), "mirror": mirror, "blocks": blocks,
+    "cancer": lambda: classes(Tabular("cancer")), "made": lambda: classes(Tabular("made")),
 }  # fmt: skip
 
 
@@ -228,10 +247,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=SETUPS, help="one of the setups")
+    parser.add_argument(
+        "--images", type=Path, help="also handwritten digits: `images` [N, 28, 28] and `labels`, as of MNIST"
+    )
     parser.add_argument("--questions", type=Path, help="also questions: JSON lines with a text, as of TREC")
     given = parser.parse_args()
     for name in SETUPS if given.only is None else (given.only,):
         SETUPS[name]()
+    for kind in TRAININGS if given.images else ():
+        classes(Handwritten(given.images, kind))
     if given.questions:
         text(Questions(given.questions))
 

@@ -116,10 +116,16 @@ def setting_of(model, batch, task=TASK):
     return Setting(model, task, sample.batches[:1], sample, seed=0)
 
 
+def keep_all(monkeypatch):
+    """Of the Gauss-Newton matrix."""
+    monkeypatch.setattr(kernel, "LEAST_KEPT", 1.0)
+    monkeypatch.setattr(kernel, "MOST_KEPT", 1.0)
+
+
 @pytest.fixture(params=["direct", "iterative"])
 def exact(request, monkeypatch):
     """Both ways to invert the matrix; the first without leaving anything out."""
-    monkeypatch.setattr(kernel, "KEPT", 1.0)
+    keep_all(monkeypatch)
     if request.param == "iterative":
         monkeypatch.setattr(kernel, "MOST_ROWS", 0)
 
