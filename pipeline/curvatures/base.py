@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import phases
 from ..blocks import tunable
 from ..errors import NumericsError
+from ..observe import say
 from ..tasks.base import Batch, Task
 
 
@@ -178,6 +179,12 @@ class Curvature(Protocol):
             dampings: Added to the diagonal, above 0: in nats, or as shares (`units`).
         """
         ...
+
+
+def say_first(text: str) -> None:
+    """A notice for a person, by the first of several workers that all know it."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        say(text)
 
 
 def units(values: Mapping[str, Tensor], by_share: bool) -> dict[str, float]:

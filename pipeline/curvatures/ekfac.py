@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from ..blocks import repeated
 from ..layers import Layer, layers_in
 from ..numerics import to_loss_dtype
-from ..observe import say
 from ..tasks.base import Batch, Task
-from .base import Parameters, Sample, units
+from .base import Parameters, Sample, say_first, units
 from .diagonal import mean_squares
 from .fisher import with_drawn_labels
 from .per_example import PerExample, Seen
@@ -72,8 +71,8 @@ class EKFAC:
         }
         kept = {name for layer in layers.values() for name in layer.names}
         others = [name for name in parameters.names if name not in kept]
-        if others and (not dist.is_initialized() or dist.get_rank() == 0):
-            say(_what_is_factored(parameters, others, len(layers)))
+        if others:
+            say_first(_what_is_factored(parameters, others, len(layers)))
         tensors = _bases(per_example, drawn, {name: sides[name] for name in layers}, parameters)
         tensors |= _eigenvalues(per_example, drawn, {name: sides[name] for name in layers}, parameters, tensors)
         diagonal = mean_squares(per_example, parameters, drawn, others) if others else {}

@@ -14,13 +14,11 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..batches import own_copy
-from ..observe import say
 from ..tasks.base import Batch, Task
-from .base import Sample
+from .base import Sample, say_first
 
 DRAWS = 8
 """Labels drawn for every row of a task whose rows have one each. A model that is certain seldom draws another than its own, and
@@ -74,8 +72,7 @@ def _own_seed(seed: int, time: int, number: int) -> int:
 @cache
 def _warn_of_true_labels(task: str) -> None:
     """Once for a process, by one worker."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        say(
-            f"warning: {task} has no method `sampled`: the curvature is made of the corpus's own labels (empirical Fisher), and "
-            "is small where the model has learned them"
-        )
+    say_first(
+        f"warning: {task} has no method `sampled`: the curvature is made of the corpus's own labels (empirical Fisher), and "
+        "is small where the model has learned them"
+    )

@@ -26,10 +26,11 @@ class GaussNewton:
     Args:
         iterations: Of conjugate gradients, at most.
         tolerance: A solve ends when no residual is longer than this share of its right-hand side.
+        some: Whether some of the sample will do, if that can be inverted directly.
     """
 
-    def __init__(self, iterations: int, tolerance: float) -> None:
-        self._iterations, self._tolerance = iterations, tolerance
+    def __init__(self, iterations: int, tolerance: float, some: bool = False) -> None:
+        self._iterations, self._tolerance, self._some = iterations, tolerance, some
         self._product: Callable[[Tensor], Tensor] | None = None
         self._sample: Sample | None = None
         self.kernel: Kernel | None = None
@@ -49,7 +50,7 @@ class GaussNewton:
             return
         self._sample, self._product = sample, partial(product, model, task, parameters, sample)
         try:
-            self.kernel = Kernel(model, task, parameters, sample)
+            self.kernel = Kernel(model, task, parameters, sample, self._some)
         except TooLargeError:
             self.kernel = None
 

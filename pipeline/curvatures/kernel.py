@@ -15,6 +15,7 @@ a row, K rows of S.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,10 @@ MOST_KEPT, LEAST_KEPT = 0.95, 0.8
 """Of the trace of a batch's Hessians: as much as one row of S for each of the batch's has, between these (decision 19)."""
 NOTHING = 1e-12
 """Of the largest eigenvalue: less is rounding."""
-MOST_ROWS, MOST_BYTES = 6000, 2 << 30
-"""Of S. What is larger is not inverted directly."""
+MOST_ROWS, MOST_BYTES, MOST_PRODUCTS = 6000, 2 << 30, 1e12
+"""Of S, and multiplications for S S'. What is larger is not inverted directly."""
+ENOUGH_ROWS = 512
+"""Of the sample, where not all of it has room: by fewer, EK-FAC of all of it is better (decision 19)."""
 _SLOPES = "slopes of outputs"
 _Pieces = list[tuple[Tensor, Tensor]]
 """Of a batch: numbers of some of its rows [b], and a sqrt(mu) e of each [b, D]."""
@@ -55,12 +58,14 @@ class Part:
     Args:
         number: The batch's, among all that were drawn.
         owner: The worker that holds it.
+        of: How many rows the batch has.
         rows: Numbers of the batch's rows that the rows of S belong to.
         start: Of its rows in S.
     """
 
     number: int
     owner: int
+    of: int
     rows: tuple[int, ...]
     start: int
 
@@ -78,25 +83,30 @@ class Kernel:
         task: Says what the loss is.
         parameters: Those that count as variables.
         sample: Rows. All workers must make it together.
+        some: Whether the first batches of the sample will do, if they are enough.
 
     Raises:
         TooLargeError: It is not for this model and sample, at all workers alike.
     """
 
-    def __init__(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample) -> None:
+    def __init__(
+        self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, some: bool = False
+    ) -> None:
         self._parameters, self._sample = parameters, sample
         bends = [
             _bends(model, task, parameters, batch)
             for batch in phases.each("curvature: Hessians, batch", "", sample.batches)
         ]
-        self.parts = _parts(sample, bends)
-        self.rows = sum(len(part.rows) for part in self.parts)
+        self.parts = _with_room(_parts(sample, bends), parameters.size, some)
+        self.rows = self.parts[-1].place.stop
         """K."""
-        if not 0 < self.rows <= MOST_ROWS or self.rows * parameters.size * 4 > MOST_BYTES:
-            raise TooLargeError(f"{self.rows} rows of {parameters.size} numbers")
+        self.of = sum(part.of for part in self.parts)
+        """N."""
+        numbers = {part.number for part in self.parts}
+        bends = [bend if number in numbers else None for number, bend in zip(sample.numbers, bends, strict=True)]
         first = [_with_slopes(batch, *bend[0]) for batch, bend in zip(sample.batches, bends, strict=True) if bend]
-        numbers = [number for number, bend in zip(sample.numbers, bends, strict=True) if bend]
-        per_example = PerExample(model, _Outputs(task), parameters, Sample(first, sample.rows, numbers))
+        own = [number for number, bend in zip(sample.numbers, bends, strict=True) if bend]
+        per_example = PerExample(model, _Outputs(task), parameters, Sample(first, self.of, own))
         self._own = {
             number: _rows(per_example, parameters, batch, bend)
             for number, batch, bend in zip(
@@ -127,17 +137,16 @@ class Kernel:
 
     def solve(self, slope_QP: Tensor, damping: float) -> Tensor:
         """(G + damping I)^-1 times every vector: [Q, P]; each by itself, so that what is solved beside it does not show."""
-        rows = self._sample.rows
-        solve = damped(self.inner_KK / rows, damping)
+        solve = damped(self.inner_KK / self.of, damping)
         found = []
         for slope_1P in phases.each("solving: query", "", slope_QP.split(1)):
-            weight_K1 = solve(self.along(slope_1P)) / rows
+            weight_K1 = solve(self.along(slope_1P)) / self.of
             found.append(((slope_1P.double() - self.back(weight_K1)) / damping).to(slope_QP.dtype))
         return torch.cat(found)
 
     def norms(self, slope_QP: Tensor) -> Callable[[float], tuple[Tensor, Tensor]]:
         """Of a damping d, with v the solve of a vector g: g' v = v' G v + d v' v, and v' G v, [Q] each, float64."""
-        along_KQ, rows = self.along(slope_QP), self._sample.rows
+        along_KQ, rows = self.along(slope_QP), self.of
         square_Q = (slope_QP.double() ** 2).sum(dim=1)
 
         def norms(damping: float) -> tuple[Tensor, Tensor]:
@@ -149,7 +158,7 @@ class Kernel:
 
     def product(self, vector_QP: Tensor) -> Tensor:
         """G times every vector: [Q, P]."""
-        return (self.back(self.along(vector_QP)) / self._sample.rows).to(vector_QP.dtype)
+        return (self.back(self.along(vector_QP)) / self.of).to(vector_QP.dtype)
 
     def _inner(self) -> Tensor:
         """S S', a block for each pair of batches, so that the number of workers does not show."""
@@ -240,23 +249,35 @@ def _bends(model: nn.Module, task: Task, parameters: Parameters, batch: Batch) -
     return pieces
 
 
+def _with_room(parts: Sequence[Part], size: int, some: bool) -> list[Part]:
+    """All parts, or the first of them that there is room for. Raises TooLargeError."""
+    most = min(MOST_ROWS, MOST_BYTES // (4 * size), int(math.sqrt(MOST_PRODUCTS / size)))
+    fitting = [part for part in parts if part.place.stop <= most]
+    if not fitting or (len(fitting) < len(parts) and not (some and sum(part.of for part in fitting) >= ENOUGH_ROWS)):
+        raise TooLargeError(f"{parts[-1].place.stop if parts else 0} rows of {size} numbers")
+    return fitting
+
+
 def _parts(sample: Sample, bends: Sequence[_Pieces | None]) -> list[Part]:
     """The rows of S of all workers' batches, in the order of their numbers. Raises TooLargeError."""
     own = [
-        (number, None if bend is None else tuple(row for row_b, _ in bend for row in row_b.tolist()))
-        for number, bend in zip(sample.numbers, bends, strict=True)
+        (
+            number,
+            len(next(iter(batch.values()))),
+            None if bend is None else tuple(row for b, _ in bend for row in b.tolist()),
+        )
+        for number, batch, bend in zip(sample.numbers, sample.batches, bends, strict=True)
     ]
     gathered = [own]
     if sample.is_split:
         gathered = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, own)
     parts: list[Part] = []
-    for number, owner, rows in sorted(
-        (number, owner, rows) for owner, theirs in enumerate(gathered) for number, rows in theirs if rows != ()
-    ):
+    found = [(number, owner, of, rows) for owner, theirs in enumerate(gathered) for number, of, rows in theirs]
+    for number, owner, of, rows in sorted(found):
         if rows is None:
             raise TooLargeError(f"outputs of more than {MOST_OUTPUTS} numbers for a row")
-        parts.append(Part(number, owner, rows, parts[-1].place.stop if parts else 0))
+        parts.append(Part(number, owner, of, rows, parts[-1].place.stop if parts else 0))
     return parts
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..blocks import Choice, choose, tunable
 from ..changes import Added
 from ..curvatures import BUILTIN
-from ..curvatures.base import Curvature, Parameters
+from ..curvatures.base import Curvature, Parameters, say_first
+from ..curvatures.gauss_newton import GaussNewton
 from ..errors import MAX_NAMES_SHOWN, ContractError, NumericsError
 from ..importing import construct
 from ..numerics import to_loss_dtype
@@ -45,7 +46,7 @@ VECTORS_HELD = 8
 class Natural:
     """See SampleProducer; the spec's fields of the same names say what each means."""
 
-    curvature: str
+    curvature: str | None
     damping: float | None
     damping_share: float | None
     iterations: int
@@ -64,8 +65,10 @@ class Natural:
             ContractError: No parameter is chosen, or the model or task does not fit the curvature.
             NumericsError: The loss does not bend.
         """
-        choice, curvature = self._choice(setting), self._of_corpus
+        choice = self._choice(setting)
         parameters = Parameters(setting.base, choice.names)
+        word = self.curvature or self._fitting(setting, parameters)
+        curvature = self._curvature(word)
         chosen: dict[str, float | str] = {
             name: value
             for name, value in (("damping", self.damping), ("damping_share", self.damping_share))
@@ -81,13 +84,14 @@ class Natural:
                 "the corpus's loss does not bend along gradients of its rows: no natural step",
                 "is the model certain of all of them, or is the loss a straight line in the model's outputs?",
             )
-        return Fitted(tensors, {"curvature": self.curvature, **chosen, **choice.details})
+        return Fitted(tensors, {"curvature": word, **chosen, **choice.details})
 
     def produce_all(
         self, setting: Setting, queries: Mapping[str, Batch], fitted: Fitted
     ) -> Iterator[tuple[str, Produced | NumericsError]]:
         """See SampleProducer."""
-        parameters, curvature = Parameters(setting.base, self._choice(setting).names), self._of_corpus
+        parameters = Parameters(setting.base, self._choice(setting).names)
+        curvature = self._curvature(str(fitted.details["curvature"]))
         curvature.load(setting.base, setting.task, parameters, setting.sample, fitted.tensors)
         stepper, steps = Stepper(setting.base, setting.task, parameters, setting.probe), {}
         block = max(1, BLOCK_BYTES // (VECTORS_HELD * parameters.size * 4))
@@ -173,12 +177,32 @@ class Natural:
         return Choice(real, found.details)
 
     @cached_property
-    def _of_corpus(self) -> Curvature:
-        """How the corpus's loss bends: one for fitting and solving, so that what is worked out in between is kept."""
-        options: dict[str, Any] = {"by_share": self.damping_share is not None}
-        if self.curvature == "gauss_newton":
-            options = {"iterations": self.iterations, "tolerance": self.tolerance}
-        return cast("Curvature", construct(self.curvature, BUILTIN, options, "producer.curvature"))
+    def _curvatures(self) -> dict[str, Curvature]:
+        """By their words: one for fitting and solving, so that what is worked out in between is kept."""
+        return {}
+
+    def _curvature(self, word: str) -> Curvature:
+        if word not in self._curvatures:
+            options: dict[str, Any] = {"by_share": self.damping_share is not None}
+            if word == "gauss_newton":
+                options = {"iterations": self.iterations, "tolerance": self.tolerance, "some": self.curvature is None}
+            self._curvatures[word] = cast("Curvature", construct(word, BUILTIN, options, "producer.curvature"))
+        return self._curvatures[word]
+
+    def _fitting(self, setting: Setting, parameters: Parameters) -> str:
+        """The curvature's word, where none is given."""
+        if self.damping_share is not None:
+            return "ekfac"
+        exact = cast("GaussNewton", self._curvature("gauss_newton"))
+        exact.load(setting.base, setting.task, parameters, setting.sample, {})
+        if exact.kernel is None:
+            say_first("curvature: ekfac, since fewer than 512 rows of the corpus could be inverted directly")
+            return "ekfac"
+        if exact.kernel.of < setting.sample.rows:
+            say_first(
+                f"curvature: {exact.kernel.of:,} rows of the sample's {setting.sample.rows:,}, all that there is room for"
+            )
+        return "gauss_newton"
 
 
 def _solved(curvature: Curvature, damping: float, slope_QP: Tensor) -> Tensor:

@@ -10,7 +10,18 @@ from pipeline.curvatures.base import Parameters, Sample
 from pipeline.curvatures.gauss_newton import GaussNewton, product
 from pipeline.curvatures.kernel import Kernel, TooLargeError
 from pipeline.tasks.classification import Classification
-from tests.contract.test_natural import TASK, convolution, every_model, keep_all, made, perceptron, sample_of
+from tests.contract.test_natural import (
+    TASK,
+    convolution,
+    every_model,
+    keep_all,
+    made,
+    natural,
+    perceptron,
+    query_of,
+    sample_of,
+    setting_of,
+)
 
 pytestmark = pytest.mark.slow
 DAMPING = 0.02
@@ -131,3 +142,34 @@ def test_workers_together_find_what_one_finds(tmp_path):
             inner_KK, solved = torch.load(folder / f"{rank}.pt")
             assert torch.equal(inner_KK, alone.inner_KK)
             torch.testing.assert_close(solved, alone.solve(vectors(model), DAMPING), rtol=1e-9, atol=1e-12)
+
+
+def test_some_of_a_sample_will_do_if_they_are_enough(monkeypatch):
+    """The first batches that there is room for, as if there were no others; too few of them are none."""
+    model, batch = made(convolution, rows=40)
+    parts = [{name: value[i : i + 10] for name, value in batch.items()} for i in range(0, 40, 10)]
+    whole = Sample(parts, 40)
+    monkeypatch.setattr(kernel, "ENOUGH_ROWS", 20)
+    monkeypatch.setattr(kernel, "MOST_ROWS", of(model, Sample(parts[:3], 30)).rows)
+    with pytest.raises(TooLargeError):
+        of(model, whole)
+    found = Kernel(model, TASK, Parameters(model), whole, some=True)
+    assert 30 == found.of
+    alone = of(model, Sample(parts[:3], 30))
+    torch.testing.assert_close(found.solve(vectors(model), DAMPING), alone.solve(vectors(model), DAMPING))
+    monkeypatch.setattr(kernel, "ENOUGH_ROWS", 31)
+    with pytest.raises(TooLargeError):
+        Kernel(model, TASK, Parameters(model), whole, some=True)
+
+
+@pytest.mark.parametrize(("most", "word"), [(6000, "gauss_newton"), (3, "ekfac")])
+def test_by_default_a_curvature_is_taken_that_can_be_inverted(most, word, monkeypatch, capsys):
+    """The matrix itself where it has room, else EK-FAC, which is said; queries that come later get the same."""
+    monkeypatch.setattr(kernel, "MOST_ROWS", most)
+    model, batch = made(perceptron)
+    setting = setting_of(model, batch)
+    fitted = natural(curvature=None).fit(setting)
+    assert word == fitted.details["curvature"]
+    assert (word == "ekfac") == ("could be inverted directly" in capsys.readouterr().err)
+    ((_, produced),) = natural(curvature=None).produce_all(setting, {"a": query_of(batch, 0)}, fitted)
+    assert word == produced.details["curvature"]

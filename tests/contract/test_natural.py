@@ -131,7 +131,7 @@ def exact(request, monkeypatch):
 
 
 def natural(**fields) -> Natural:
-    return Natural(**NaturalSection(**fields).keywords)
+    return Natural(**NaturalSection(**{"curvature": "gauss_newton", **fields}).keywords)
 
 
 def query_of(batch, row):

@@ -87,7 +87,7 @@ def test_what_is_given_for_a_language_model_stays():
     ("fields", "message"),
     [
         ({"damping": 1, "damping_share": 0.1, "curvature": "ekfac"}, "give one of them"),
-        ({"damping_share": 0.1}, "goes with a curvature of layers"),
+        ({"damping_share": 0.1, "curvature": "gauss_newton"}, "goes with a curvature of layers"),
         ({"damping_share": 0, "curvature": "ekfac"}, "greater than 0"),
     ],
 )
