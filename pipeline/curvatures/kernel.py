@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import phases
+from ..errors import NumericsError
 from ..numerics import to_loss_dtype
 from ..records import Column
 from ..tasks.base import Batch, Task
@@ -183,8 +184,17 @@ class Kernel:
 
 
 def damped(matrix_KK: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
-    """(matrix + damping I)^-1, as what multiplies columns by it."""
-    factor_KK = torch.linalg.cholesky(matrix_KK + damping * torch.eye(len(matrix_KK)).to(matrix_KK))
+    """(matrix + damping I)^-1, as what multiplies columns by it.
+
+    Raises:
+        NumericsError: The damping is below what rounding leaves of the matrix.
+    """
+    factor_KK, failed = torch.linalg.cholesky_ex(matrix_KK + damping * torch.eye(len(matrix_KK)).to(matrix_KK))
+    if failed:
+        raise NumericsError(
+            f"damping {damping:.2g} nats is too small: the Gauss-Newton matrix is known to its rounding only",
+            "raise producer.damping, leave it out, or use a finer model.dtype",
+        )
     return lambda column_KQ: torch.cholesky_solve(column_KQ, factor_KK)
 
 
@@ -218,6 +228,9 @@ def _bends(model: nn.Module, task: Task, parameters: Parameters, batch: Batch) -
 
     Returns:
         None where a row has too many outputs.
+
+    Raises:
+        NumericsError: A Hessian is not finite.
     """
     linearised = Linearised(model, task, parameters, batch)
     rows, outputs = len(linearised.loss_B), linearised.outputs
@@ -234,7 +247,12 @@ def _bends(model: nn.Module, task: Task, parameters: Parameters, batch: Batch) -
             each.reshape(output.shape).to(output) for each, output in zip(one_BD.split(sizes, 1), outputs, strict=True)
         ]
         hessian.append(_flat(linearised.bent(change)).detach())
-    value_BD, vector_BDD = torch.linalg.eigh(torch.stack(hessian, dim=1).double())
+    hessian_BDD = torch.stack(hessian, dim=1).double()
+    if not hessian_BDD.isfinite().all():
+        raise NumericsError(
+            "the corpus's losses do not bend by finite numbers", "check the weights, and the corpus's rows"
+        )
+    value_BD, vector_BDD = torch.linalg.eigh(hessian_BDD)
     value_BD, vector_BDD = value_BD.flip(1).clamp(min=0), vector_BDD.flip(2)  # the largest first
     sorted_M = value_BD.flatten().sort(descending=True).values
     share_M = sorted_M.cumsum(0) / sorted_M.sum().clamp(min=torch.finfo(sorted_M.dtype).tiny)

@@ -9,6 +9,7 @@ from pipeline.curvatures import kernel
 from pipeline.curvatures.base import Parameters, Sample
 from pipeline.curvatures.gauss_newton import GaussNewton, product
 from pipeline.curvatures.kernel import Kernel, TooLargeError
+from pipeline.errors import NumericsError
 from pipeline.tasks.classification import Classification
 from tests.contract.test_natural import (
     TASK,
@@ -173,3 +174,20 @@ def test_by_default_a_curvature_is_taken_that_can_be_inverted(most, word, monkey
     assert (word == "ekfac") == ("could be inverted directly" in capsys.readouterr().err)
     ((_, produced),) = natural(curvature=None).produce_all(setting, {"a": query_of(batch, 0)}, fitted)
     assert word == produced.details["curvature"]
+
+
+def test_a_damping_below_rounding_is_an_error():
+    """It says what to do."""
+    model, batch = made(convolution, torch.float32)
+    with pytest.raises(NumericsError, match="too small") as caught:
+        of(model, sample_of(batch)).solve(vectors(model).float(), 1e-30)
+    assert "raise producer.damping" in caught.value.hint
+
+
+def test_weights_that_are_not_finite_are_an_error():
+    """Said of the losses, before anything is solved."""
+    model, batch = made(convolution)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(NumericsError, match="finite"):
+        of(model, sample_of(batch))
