@@ -82,7 +82,13 @@ def test_scores_do_not_depend_on_the_layout(small, tmp_path, kind, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("producer", ["{name: finetune, steps: 1}", "{name: natural, sample_rows: 12, damping: 0.1}"])
+@pytest.mark.parametrize(
+    "producer",
+    [
+        "{name: finetune, steps: 1}",
+        "{name: natural, curvature: gauss_newton, sample_rows: 12, damping: 0.1, step: 0.01, iterations: 60, tolerance: 1.0e-6}",
+    ],
+)
 @pytest.mark.parametrize("rope", ["longrope", pytest.param("dynamic", marks=pytest.mark.night)])
 def test_texts_on_both_sides_of_a_length_score_alike_in_any_batch(tmp_path, rope, producer):
     """Rotary embeddings that switch at 12 tokens: base losses to 1e-5, counterparts and scores as closely as those are solved."""
