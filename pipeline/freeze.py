@@ -16,12 +16,14 @@ import pyarrow as pa
 from . import storage
 from .artifacts import Run
 from .base_losses import rows_kept
+from .checkpoints import expand
 from .corpus import Corpus, payload_names, require_free_names
 from .digests import (
     MODEL_URIS,
     input_digests,
     input_files,
     with_absolute_uris,
+    without_copies,
 )
 from .errors import ArtifactError, InputError, SpecError
 from .extensions import load_loader, load_producer, load_task, needs_query, sample_rows
@@ -43,7 +45,7 @@ from .queries import checked_queries
 from .reader import Reader
 from .records import RANKED, stored
 from .sections import Section
-from .spec import Resolved, Spec
+from .spec import Member, Resolved, Spec
 from .specfile import changed_fields
 from .versions import versions, warn_of_changes
 from .works import Addition, Manifest
@@ -124,11 +126,14 @@ def _survey(spec: Spec) -> Run:
     query_ids = query_ids_of(queries)
     rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)
-    resolved = _resolve(spec, corpus, rows_each)
-    files = input_files(resolved)
+    members, found = expand(spec, {})
+    resolved = _resolve(spec, corpus, rows_each, members)
+    resolved, files, found = without_copies(resolved, input_files(resolved), found)
     digests = input_digests(resolved, shards, files)
     _require_same_inputs(spec, digests)
-    frozen = Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, files=files, versions=versions())
+    frozen = Resolved(
+        fingerprint=fingerprint(resolved, digests), digests=digests, files=files, found=found, versions=versions()
+    )
     resolved = resolved.model_copy(update={"resolved": frozen})
     first = Addition(0, frozen.fingerprint, 0, len(shards), query_ids)
     return Run(resolved, Manifest.of(shards), tuple(columns), queries, (first,))
@@ -170,7 +175,7 @@ def query_ids_of(queries: pa.Table) -> tuple[str, ...]:
     return query_ids
 
 
-def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
+def _resolve(spec: Spec, corpus: Corpus, rows_each: int, members: list[Member]) -> Spec:
     """The spec with nothing left to find out: absolute URIs, formats, classes, shard size."""
     kept = spec.score.base_losses
     update: dict[str, Section] = {
@@ -186,9 +191,6 @@ def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
         update["queries"] = queries.model_copy(update=found)
     for section in MODEL_URIS:
         update[section] = with_absolute_uris(section, getattr(spec, section))
-    members = [
-        member.model_copy(update={"weights_uri": storage.absolute(member.weights_uri)}) for member in spec.ensemble
-    ]
     return spec.model_copy(update={**update, "ensemble": members})
 
 
@@ -213,7 +215,8 @@ def _reopen(spec: Spec) -> Run:
     corpus = Corpus(spec.corpus.model_copy(update={"classes": classes}))
     rows_each = spec.score.shard_rows or run.spec.score.shard_rows
     assert rows_each is not None
-    wanted = _resolve(spec, corpus, rows_each)
+    members, _ = expand(spec, run.resolved.found)
+    wanted = _resolve(spec, corpus, rows_each, members)
     digests = input_digests(wanted, run.shards[: run.additions[0].stop_shard], input_files(wanted))
     changes = changed_fields(identity(run.spec), identity(wanted))
     changes += [

@@ -37,9 +37,13 @@ class Member(Section):
     """A further model of an ensemble: of the kind of `model`, with weights of its own."""
 
     weights_uri: Uri
-    """As `model.weights_uri`: another training of the same model, or another checkpoint of it. All else is `model`'s."""
+    """As `model.weights_uri`: another training of the same model, or another checkpoint of it. All else is `model`'s. A glob,
+    such as checkpoints/step-*.safetensors (or checkpoint-*, where the model is a folder), is a member for each model that it
+    matches when the run is frozen, in natural order; weights that are members already are left out. Later checkpoints change
+    nothing. A path that exists is that path, whatever characters are in it."""
     weight: _Positive = 1.0
-    """Its part in the mean, where that of `model` is 1. Scores of a producer that chooses its step are divided by it first."""
+    """Its part in the mean (of a glob, that of each of its models), where that of `model` is 1. Scores of a producer that chooses
+    its step are divided by it first."""
 
     @model_validator(mode="before")
     @classmethod
@@ -192,6 +196,8 @@ class Resolved(Section):
     files: dict[str, dict[str, str]] = {}
     """sha256 of each file behind the digest of a model, a tokenizer or an adapter; of a single file, with an empty name. Whatever
     loads one compares it."""
+    found: dict[str, list[str]] = {}
+    """Glob in `ensemble` -> the weights that it found when the run was frozen; later starts take these."""
     tables: dict[str, str] = {}
     """sha256 of `manifest.parquet` and `queries.parquet`, as they were frozen."""
     commits: Literal["create", "put"] = "put"

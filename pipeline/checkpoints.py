@@ -1,0 +1,121 @@
+"""Members of an ensemble that a glob names, such as checkpoints of one training: found when a run is frozen, in natural order."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from . import storage
+from .errors import InputError
+from .formats.base import Listing, has_wildcard, is_hidden, list_files, relative_path
+from .model_folder import is_folder
+from .observe import say
+from .spec import Member, Spec
+
+NAMES_SHOWN = 8
+Found = dict[str, list[str]]
+"""Absolute glob -> absolute URIs of the weights that it found, in natural order."""
+
+
+def expand(spec: Spec, frozen: Mapping[str, Sequence[str]]) -> tuple[list[Member], Found]:
+    """The members of an ensemble with absolute URIs, one for each model that a glob matches.
+
+    A path that exists is that path, whatever characters are in it. The weights of `model`, and of members that are named
+    by themselves or found by an earlier glob, are not taken again.
+
+    Args:
+        spec: The spec, with globs.
+        frozen: What globs found when the run was frozen: they are not looked up again.
+
+    Returns:
+        The members, and what each glob found.
+
+    Raises:
+        InputError: A glob matches no model; or there is a glob, and `model.weights_uri` does not exist.
+        StorageError: The store refuses.
+    """
+    uris = [storage.absolute(member.weights_uri) for member in spec.ensemble]
+    globs = {uri for uri in uris if uri in frozen or _is_glob(uri)}
+    if not globs:
+        return [_member(uri, one) for uri, one in zip(uris, spec.ensemble, strict=True)], {}
+    base_uri = storage.absolute(spec.model.weights_uri or "")
+    taken = {_path(uri) for uri in (base_uri, *uris) if uri not in globs}
+    members: list[Member] = []
+    found: Found = {}
+    for place, (uri, one) in enumerate(zip(uris, spec.ensemble, strict=True)):
+        if uri not in globs:
+            members.append(_member(uri, one))
+            continue
+        if uri in frozen:
+            found[uri] = list(frozen[uri])
+        else:
+            found[uri] = _look_up(f"ensemble.{place}.weights_uri", uri, base_uri, taken)
+        taken |= {_path(each) for each in found[uri]}
+        members += [_member(each, one) for each in found[uri]]
+    return members, found
+
+
+def _member(uri: str, like: Member) -> Member:
+    return like.model_copy(update={"weights_uri": uri})
+
+
+def _is_glob(uri: str) -> bool:
+    return has_wildcard(_path(uri)) and not storage.exists(uri)
+
+
+def _path(uri: str) -> str:
+    """The path in its store: a scheme may be spelt in several ways."""
+    return storage.locate(uri)[1].rstrip("/")
+
+
+def _look_up(field: str, glob: str, base_uri: str, taken: set[str]) -> list[str]:
+    """Weights that a glob matches, of the kind of the base's, but for those that are members already."""
+    if not storage.exists(base_uri):
+        raise InputError(f"model.weights_uri: {base_uri} does not exist")
+    folders = is_folder(base_uri)
+    listing = _listing(f"{glob}/*" if folders else glob)
+    every = [] if listing is None else [file.path for file in listing.files]
+    if folders:
+        models = {path.rsplit("/", 1)[0] for path in every if path.endswith("/config.json")}
+        every = list({path.rsplit("/", 1)[0] for path in every})
+    else:
+        suffix = os.path.splitext(glob)[1]
+        if not suffix or has_wildcard(suffix):
+            suffix = os.path.splitext(base_uri)[1]
+        models = {path for path in every if path.endswith(suffix)}
+    if listing is not None:
+        models = {path for path in models if not is_hidden(relative_path(path, listing.root), ".")}
+    others = {path for path in models if _path(path) not in taken}
+    if not others:
+        kind = "folder with a config.json" if folders else "file of weights"
+        but = " but the weights of other members" if models else ""
+        raise InputError(
+            f"{field}: no {kind} matches {glob}{but}",
+            f"model.weights_uri is a {'folder' if folders else 'file'}, and so are its members; check the glob",
+        )
+    chosen = sorted(others, key=natural)
+    say(f"{glob}: {len(chosen)} members: {_names(chosen)}")
+    if left := sorted(set(every) - others, key=natural):
+        say(f"{glob}: left out, since they are members already or no weights: {_names(left)}")
+    return chosen
+
+
+def _listing(glob: str) -> Listing | None:
+    """What a glob matches; null if that is nothing. Raises StorageError."""
+    try:
+        return list_files(glob)
+    except InputError:
+        return None
+
+
+def _names(uris: Sequence[str]) -> str:
+    """The last parts of some paths, for people."""
+    names = [uri.rstrip("/").rsplit("/", 1)[-1] for uri in uris[:NAMES_SHOWN]]
+    return ", ".join(names) + (f" and {len(uris) - NAMES_SHOWN} more" if len(uris) > NAMES_SHOWN else "")
+
+
+def natural(path: str) -> tuple[list[str | int], str]:
+    """Sort key by which step-900 comes before step-1000."""
+    parts = re.split(r"([0-9]+)", path)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path
