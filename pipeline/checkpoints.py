@@ -5,15 +5,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
+
+from fsspec.implementations.local import LocalFileSystem
 
 from . import storage
-from .errors import InputError
+from .errors import InputError, PipelineError
 from .formats.base import Listing, has_wildcard, is_hidden, list_files, relative_path
 from .model_folder import is_folder
 from .observe import say
 from .spec import Member, Spec
+from .storage_errors import mapped
 
 NAMES_SHOWN = 8
+LOOKED_AT = 1000
+"""Names of a folder in which checkpoints are looked for unasked: what S3 lists in one request."""
+LOOKED_INTO = 64
+"""Folders of which it is asked whether they hold a model, a request each; where there are more of a name, none is."""
+_CHECKPOINT = re.compile(
+    r"(?P<before>(?:.*[^a-z])?(?:step|epoch|checkpoint|ckpt|iter|iteration)s?[-_=.]?)[0-9]+(?P<after>(?:[^0-9].*)?)",
+    re.I,
+)
+"""A name with a number of steps or the like in it."""
 Found = dict[str, list[str]]
 """Absolute glob -> absolute URIs of the weights that it found, in natural order."""
 
@@ -95,9 +108,9 @@ def _look_up(field: str, glob: str, base_uri: str, taken: set[str]) -> list[str]
             f"model.weights_uri is a {'folder' if folders else 'file'}, and so are its members; check the glob",
         )
     chosen = sorted(others, key=natural)
-    say(f"{glob}: {len(chosen)} members: {_names(chosen)}")
+    say(f"{glob}: {len(chosen)} members: {names_of(chosen)}")
     if left := sorted(set(every) - others, key=natural):
-        say(f"{glob}: left out, since they are members already or no weights: {_names(left)}")
+        say(f"{glob}: left out, since they are members already or no weights: {names_of(left)}")
     return chosen
 
 
@@ -109,7 +122,7 @@ def _listing(glob: str) -> Listing | None:
         return None
 
 
-def _names(uris: Sequence[str]) -> str:
+def names_of(uris: Sequence[str]) -> str:
     """The last parts of some paths, for people."""
     names = [uri.rstrip("/").rsplit("/", 1)[-1] for uri in uris[:NAMES_SHOWN]]
     return ", ".join(names) + (f" and {len(uris) - NAMES_SHOWN} more" if len(uris) > NAMES_SHOWN else "")
@@ -119,3 +132,61 @@ def natural(path: str) -> tuple[list[str | int], str]:
     """Sort key by which step-900 comes before step-1000."""
     parts = re.split(r"([0-9]+)", path)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], path
+
+
+def beside(weights_uri: str) -> tuple[str, int] | None:
+    """A glob of other checkpoints that lie beside a model's weights or inside its folder, and how many it matches.
+
+    They are told by their names, as step-500.safetensors, epoch_3.pt or checkpoint-500/. At most `LOOKED_AT` names of a folder
+    are looked at, on local disks and S3; a folder that cannot be listed has none.
+
+    Args:
+        weights_uri: File of weights, or folder of a model.
+
+    Returns:
+        Glob and number, of the names of which there are most; null if there are none.
+    """
+    uri = storage.absolute(weights_uri)
+    try:
+        folders = is_folder(uri)
+        above, own = uri.rsplit("/", 1)
+        suffix = "" if folders else os.path.splitext(own)[1]
+        names: dict[str, list[str]] = {}
+        for place in [above, uri] if folders else [above]:
+            for name in _some_names(place):
+                glob = _glob_of(place, name, suffix)
+                if glob is not None and f"{place}/{name}" != uri:
+                    names.setdefault(glob, []).append(f"{place}/{name}")
+        for glob, some in sorted(names.items(), key=lambda one: (-len(one[1]), one[0])):
+            if folders and len(some) <= LOOKED_INTO:
+                some = [name for name in some if storage.exists(f"{name}/config.json")]
+            if some:
+                return glob, len(some)
+    except PipelineError:  # a hint is not worth an error
+        pass
+    return None
+
+
+def _glob_of(folder: str, name: str, suffix: str) -> str | None:
+    """The glob of checkpoints that are called like one, if it is called like one; those of other suffixes are not."""
+    called = _CHECKPOINT.fullmatch(name.removesuffix(suffix)) if name.endswith(suffix) else None
+    if called is None or has_wildcard(f"{folder}/{name}"):
+        return None
+    return f"{folder}/{called['before']}*{called['after']}{suffix}"
+
+
+def _some_names(folder: str) -> list[str]:
+    """Some names of what lies directly in a folder, by one request. Raises StorageError, InputError."""
+    fs, path = storage.locate(folder)
+    if isinstance(fs, LocalFileSystem):
+        with mapped(folder), os.scandir(path) as entries:
+            return [entry.name for entry in islice(entries, LOOKED_AT)]
+    if not hasattr(fs, "call_s3"):
+        return []
+    bucket, _, key = path.partition("/")
+    prefix = f"{key}/" if key else ""
+    asked = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/", "MaxKeys": LOOKED_AT}
+    page = storage.retried(folder, lambda: fs.call_s3("list_objects_v2", **asked))
+    keys = [each["Key"] for each in page.get("Contents", [])]
+    keys += [each["Prefix"].rstrip("/") for each in page.get("CommonPrefixes", [])]
+    return [name for key in keys if (name := key.removeprefix(prefix))]
