@@ -78,7 +78,7 @@ def _is_glob(uri: str) -> bool:
 
 
 def _path(uri: str) -> str:
-    """The path in its store: a scheme may be spelt in several ways."""
+    """The path in its store: s3:// and s3a:// are one."""
     return storage.locate(uri)[1].rstrip("/")
 
 
@@ -152,8 +152,8 @@ def beside(weights_uri: str) -> tuple[str, int] | None:
         above, own = uri.rsplit("/", 1)
         suffix = "" if folders else os.path.splitext(own)[1]
         names: dict[str, list[str]] = {}
-        for place in [above, uri] if folders else [above]:
-            for name in _some_names(place):
+        for place in (above, uri) if folders else (above,):
+            for name in _some_names(place or "/"):
                 glob = _glob_of(place, name, suffix)
                 if glob is not None and f"{place}/{name}" != uri:
                     names.setdefault(glob, []).append(f"{place}/{name}")
