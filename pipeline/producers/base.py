@@ -120,6 +120,8 @@ class SampleProducer(Protocol):
     ) -> Iterator[tuple[str, Produced | NumericsError]]:
         """Query id and counterpart, or what stands in the way of this one alone: the same, in the same order, at every worker.
 
+        A counterpart's model may be one that the next counterpart changes: use it before the next is asked for.
+
         Args:
             setting: As `fit` saw it.
             queries: Query id -> all its rows.

@@ -8,7 +8,6 @@ Shapes: Q queries, P numbers of the chosen parameters.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -126,8 +125,8 @@ class Natural:
                 chosen.items(), self._walk(stepper, solve, queries, chosen), strict=True
             ):
                 steps[query_id] = step
-                model = copy.deepcopy(stepper.taken(change_P))
-                yield query_id, Produced(model, self.steps, {**fitted.details, **asdict(step)}, scale=step.length)
+                model, details = stepper.taken(change_P), {**fitted.details, **asdict(step)}
+                yield query_id, Produced(model, self.steps, details, scale=step.length)
         _warn_of_bends(steps)
 
     def _along(
@@ -142,8 +141,8 @@ class Natural:
         length = RISE_NATS / float(dot(slope_P[None], direction_P[None]))
         change_P = length * direction_P
         added = {name: Added(each) for name, each in parameters.split(change_P).items()}
-        model = copy.deepcopy(stepper.taken(change_P))
-        return Produced(model, 1, {**details, "length": length, "rise_nats": RISE_NATS}, added, scale=length)
+        found = {**details, "length": length, "rise_nats": RISE_NATS}
+        return Produced(stepper.taken(change_P), 1, found, added, scale=length)
 
     def _walk(
         self,
