@@ -117,6 +117,7 @@ def _survey(spec: Spec) -> Run:
         columns = task.columns()
     _require_fitting_producer(spec)
     load_loader(spec.model)
+    members, found = expand(spec, {})
     corpus = Corpus(spec.corpus)
     measured = corpus.measure(corpus.survey_files(), columns)
     if spec.queries is None:
@@ -126,7 +127,6 @@ def _survey(spec: Spec) -> Run:
     query_ids = query_ids_of(queries)
     rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)
-    members, found = expand(spec, {})
     resolved = _resolve(spec, corpus, rows_each, members)
     resolved, files, found = without_copies(resolved, input_files(resolved), found)
     digests = input_digests(resolved, shards, files)

@@ -142,6 +142,14 @@ def test_a_glob_without_a_match_is_an_error_before_work(small, models, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_glob_without_a_match_is_told_before_the_corpus_is_read(small, models, tmp_path):
+    """A corpus may take minutes to look through; here it is not even there."""
+    spec = spec_of(small, tmp_path, models / "step-2*")
+    nowhere = spec.corpus.model_copy(update={"uri": str(tmp_path / "nowhere")})
+    with pytest.raises(InputError, match="no file of weights matches"):
+        survey(spec.model_copy(update={"corpus": nowhere}))
+
+
 def test_a_glob_of_the_model_alone_is_an_error(small, models, tmp_path):
     """By its path, and by a copy of it."""
     with pytest.raises(InputError, match="but the weights of other members"):
