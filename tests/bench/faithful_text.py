@@ -89,7 +89,7 @@ class Text:
         for epochs in CHECKPOINTS:
             name = f"checkpoints/epoch-{epochs}"
             if not (self.folder / name / "config.json").exists():
-                words = AutoTokenizer.from_pretrained(self.folder / "model")
+                words = AutoTokenizer.from_pretrained(self.folder / "model", trust_remote_code=False)
                 self._save(name, self._trained(epochs), words)
         return [str(self.folder / "checkpoints" / "epoch-*")]
 
