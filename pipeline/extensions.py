@@ -51,8 +51,13 @@ def needs_query(producer: Producer) -> bool:
 
 
 def sample_rows(producer: Producer) -> int:
-    """Rows of the corpus that a producer wants to see (a SampleProducer); 0 for one that sees its query alone."""
+    """Rows of the corpus that a producer wants to see (a SampleProducer or CorpusProducer); 0 for one that sees queries alone."""
     return int(getattr(producer, "sample_rows", 0))
+
+
+def is_joint(producer: Producer) -> bool:
+    """Whether all workers make all counterparts together (a SampleProducer), else they share out the queries."""
+    return hasattr(producer, "produce_all")
 
 
 def load_model(section: ModelSection, device: str, seed: int) -> Module:

@@ -156,8 +156,8 @@ def _require_fitting_producer(spec: Spec) -> None:
         raise SpecError(f"queries: missing; producer {name} tunes on them", "name a file of rows to ask about")
     if sample_rows(load_producer(spec.producer)) and spec.resources.tune.shard:
         raise SpecError(
-            f"resources.tune.shard: producer {name} shares out its sample, not the model",
-            "leave shard out; workers solve together anyway",
+            f"resources.tune.shard: producer {name} sees a sample of the corpus, and every worker must hold the whole model",
+            "leave shard out; workers share out the sample or the queries anyway",
         )
     if not needed and spec.queries is not None:
         raise SpecError(f"queries: producer {name} tunes on none: it makes one counterpart", "leave the section out")

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .batches import own_copy
 from .decode import decode
 from .digests import as_frozen
 from .errors import ContractError, NumericsError, PipelineError
-from .extensions import load_model, load_producer, load_task, prepared, sample_rows
+from .extensions import is_joint, load_model, load_producer, load_task, prepared, sample_rows
 from .importing import user_code
 from .queries import query_inputs
 from .sample import draw_sample
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .batches import Inputs
     from .model_check import ModelCheck
-    from .producers.base import Fitted, Produced, Producer, SampleProducer, Setting
+    from .producers.base import CorpusProducer, Fitted, Produced, Producer, SampleProducer, Setting
     from .tasks.base import Batch, Task
 
 CHECKED_QUERY_ROWS = 8
@@ -57,7 +57,8 @@ class Tuner:
             self._base: nn.Module = load_model(run.spec.model, "cpu" if self._shared else device, run.spec.seed)
         self._queries = query_inputs(run.queries, run.columns, self._task) if run.spec.queries else {}
         self._device = device
-        self._sample_rows = sample_rows(self._producer)
+        self._sample_rows, self._is_joint = sample_rows(self._producer), is_joint(self._producer)
+        self._prepared: Any = None
         self._check = self._checked()
         self._base_versions = _tensor_versions(self._base)
 
@@ -89,7 +90,7 @@ class Tuner:
     @property
     def is_together(self) -> bool:
         """Whether all workers make every counterpart together."""
-        return self._shared or bool(self._sample_rows)
+        return self._shared or self._is_joint
 
     def tune_all(self, query_ids: Sequence[str]) -> list[PipelineError]:
         """Make and commit counterparts; what stood in the way of single ones, so that one bad query does not stop the others.
@@ -97,11 +98,12 @@ class Tuner:
         Raises:
             PipelineError: What may pass at another try.
         """
-        if self._sample_rows:
-            try:
+        try:
+            if self._is_joint:
                 return self._tune_with_sample(query_ids)
-            except PipelineError as error:
-                return unless_retryable(error)
+            self._prepare()  # here, so that what fails fails once, not for every query
+        except PipelineError as error:
+            return unless_retryable(error)
         failures = []
         for query_id in query_ids:
             try:
@@ -119,10 +121,11 @@ class Tuner:
         """
         import torch
 
-        if self._sample_rows:
+        if self._is_joint:
             for failure in self._tune_with_sample([query_id]):
                 raise failure
             return
+        self._prepare()
         started_s = time.monotonic()
         query = self._batch(query_id)
         seed = query_seed(self._run.spec.seed, query_id)
@@ -228,6 +231,20 @@ class Tuner:
         sample = Sample([*probe, *rest][rank::workers], sum(part.items for part in drawn), numbers)
         return Setting(self._base, self._task, probe, sample, seed, self._run.spec.score.way in ("gradient", "jvp"))
 
+    def _prepare(self) -> None:
+        """Show a CorpusProducer the whole sample, the same at every worker, before its first query. Raises as its `prepare`."""
+        import torch
+
+        if self._is_joint or not self._sample_rows or self._prepared is not None:
+            return
+        producer, seed = cast("CorpusProducer", self._producer), query_seed(self._run.spec.seed, "")
+        about = f"{self._run.spec.producer.implementation}, on a sample of the corpus"
+        with as_frozen(self._run), user_code(about), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            drawn = draw_sample(self._run, self._task, self._sample_rows)
+            sample = [batch for part in drawn for batch in self._batches(part)]
+            self._prepared = producer.prepare(self._base, self._task, sample, seed)
+
     def _batches(self, inputs: Inputs) -> list[Batch]:
         """All of some rows, as the curvature takes them."""
         section = self._run.spec.score
@@ -263,6 +280,9 @@ class Tuner:
         """The producer's counterpart; null at workers that only helped with one that all make together."""
         from .producers import sharding
 
+        if self._sample_rows:
+            producer = cast("CorpusProducer", self._producer)
+            return producer.produce(self._base, self._task, query, seed, self._prepared)
         if not self._shared:
             return self._producer.produce(self._base, self._task, query, seed)
         there = {name: value.to(self._device) for name, value in query.items()}

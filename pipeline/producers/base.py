@@ -1,10 +1,10 @@
-"""The protocol of a producer: one method and a direction."""
+"""The protocols of producers: of one that sees a query, and of two kinds that see a sample of the corpus too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -93,6 +93,48 @@ class Fitted:
 
     tensors: Mapping[str, Tensor]
     details: dict[str, float | str]
+
+
+class CorpusProducer(Protocol):
+    """Makes counterparts one by one, with a look at the corpus. Workers share out the queries; each has the whole sample.
+
+    Its constructor takes the spec's fields as keyword arguments.
+    """
+
+    direction: int
+    """As of Producer."""
+    sample_rows: int
+    """Rows of the corpus that it wants to see."""
+
+    def prepare(self, base: nn.Module, task: Task, sample: Sequence[Batch], seed: int) -> Any:
+        """What is found out before there is a query, once at every worker; nothing of it may depend on the worker.
+
+        Args:
+            base: Base model in eval mode; must come back unchanged.
+            task: Says what a loss is.
+            sample: All rows that were drawn: batches [B, *shape], at least one.
+            seed: All randomness must derive from it.
+
+        Raises:
+            ContractError: The model or task does not fit the producer.
+            NumericsError: Something is not finite.
+        """
+        ...
+
+    def produce(self, base: nn.Module, task: Task, query: Batch, seed: int, prepared: Any) -> Produced:
+        """One counterpart, as of Producer.
+
+        Args:
+            base: As of Producer.
+            task: As of Producer.
+            query: As of Producer.
+            seed: As of Producer.
+            prepared: What `prepare` returned.
+
+        Raises:
+            ContractError, NumericsError: As of Producer.
+        """
+        ...
 
 
 class SampleProducer(Protocol):

@@ -21,6 +21,7 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from pipeline.artifacts import Run
+from pipeline.producer_choices import Retain
 from tests.bench import faithful_blocks
 from tests.bench.faithful_digits import Digits
 from tests.bench.faithful_images import TRAININGS, Handwritten
@@ -34,9 +35,13 @@ PAPER = {"producer": {"preset": "paper"}, "rank": {"transform": "absolute"}}
 FACTORED = {
     f"natural, {name}": {"producer": {"name": "natural", "curvature": name}} for name in ("ekfac", "gfim", "diagonal")
 }
+DRIFTING = {"producer": {"name": "tests.bench.drifting:Drifting", "options": Retain().keywords}}
 DIGITS: dict[str, Sections] = {
     "preset: paper": PAPER,
     "ascent": {"producer": {"name": "unlearn"}},
+    "retain": {"producer": {"name": "retain"}},
+    "retain, temperature 1": {"producer": {"name": "retain"}, "task": {"temperature": 1}},
+    "retain by the training loss": DRIFTING,
     "descent": {"producer": {"name": "finetune"}},
     "natural, temperature 1": {"producer": {"name": "natural"}, "task": {"temperature": 1}},
     "natural (default)": {},
