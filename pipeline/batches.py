@@ -104,6 +104,21 @@ class Inputs(Protocol):
         """Numbers in each item's columns [S, columns] before they are padded; null where no item ever is."""
         ...
 
+    @property
+    def example_S(self) -> np.ndarray:
+        """The example that each item is of: ascending, from 0."""
+        ...
+
+    @property
+    def window_S(self) -> np.ndarray:
+        """Which of its example's items each is, from 0."""
+        ...
+
+    @property
+    def weight_S(self) -> np.ndarray:
+        """What each item's loss counts in its example's, which is the sum over its items of weight times loss, float64."""
+        ...
+
     def batches(self, batch_rows: int, batch_tokens: int) -> Iterator[Batch]:
         """All of them in batches, every item in one."""
         ...
@@ -139,6 +154,21 @@ class Arrays:
     def items(self) -> int:
         """See Inputs."""
         return len(next(iter(self.columns.values())))
+
+    @property
+    def example_S(self) -> np.ndarray:
+        """See Inputs: they are the examples."""
+        return np.arange(self.items)
+
+    @property
+    def window_S(self) -> np.ndarray:
+        """See Inputs: each is its example's only one."""
+        return np.zeros(self.items, np.int64)
+
+    @property
+    def weight_S(self) -> np.ndarray:
+        """See Inputs."""
+        return np.ones(self.items)
 
     def batches(self, batch_rows: int, batch_tokens: int = 0) -> Iterator[Batch]:
         """In batches of exactly `batch_rows` rows, the last filled up with copies of its last row."""
@@ -206,6 +236,16 @@ class Sequences:
     def num_tokens_N(self) -> np.ndarray:
         """See Inputs."""
         return np.add.reduceat(self.tokens_S, self._first_N) if self.items else self.tokens_S
+
+    @cached_property
+    def window_S(self) -> np.ndarray:
+        """See Inputs."""
+        return np.arange(self.items) - self._first_N[self.example_S]
+
+    @cached_property
+    def weight_S(self) -> np.ndarray:
+        """See Inputs: a window's share of its example's tokens, or 1 where losses are sums."""
+        return self.tokens_S / self.num_tokens_N[self.example_S] if self.per_token else np.ones(self.items)
 
     def batches(self, batch_rows: int, batch_tokens: int) -> Iterator[Batch]:
         """In batches of at most `batch_tokens` tokens, padding included; a sequence that is longer than that goes alone.

@@ -19,12 +19,11 @@ from .errors import ContractError, NumericsError, PipelineError
 from .extensions import is_joint, load_model, load_producer, load_task, prepared, sample_rows
 from .importing import user_code
 from .queries import query_inputs
-from .sample import draw_sample
+from .sample import Drawn, draw_sample
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .batches import Inputs
     from .model_check import ModelCheck
     from .producers.base import CorpusProducer, Fitted, Produced, Producer, SampleProducer, Setting
     from .tasks.base import Batch, Task
@@ -228,7 +227,7 @@ class Tuner:
         drawn = draw_sample(self._run, self._task, self._sample_rows)
         probe, rest = (self._batches(part) for part in drawn)
         numbers = range(len(probe) + len(rest))[rank::workers]
-        sample = Sample([*probe, *rest][rank::workers], sum(part.items for part in drawn), numbers)
+        sample = Sample([*probe, *rest][rank::workers], sum(len(part.example_id_N) for part in drawn), numbers)
         return Setting(self._base, self._task, probe, sample, seed, self._run.spec.score.way in ("gradient", "jvp"))
 
     def _prepare(self) -> None:
@@ -245,11 +244,18 @@ class Tuner:
             sample = [batch for part in drawn for batch in self._batches(part)]
             self._prepared = producer.prepare(self._base, self._task, sample, seed)
 
-    def _batches(self, inputs: Inputs) -> list[Batch]:
-        """All of some rows, as the curvature takes them."""
-        section = self._run.spec.score
+    def _batches(self, drawn: Drawn) -> list[Batch]:
+        """All of some examples, as the curvature takes them."""
+        from .curvatures.rows import Rows
+
+        section, inputs = self._run.spec.score, drawn.inputs
         return [
-            self._tensors({name: array[: len(batch.item_B)] for name, array in batch.arrays.items()})
+            Rows.of_items(
+                self._tensors({name: array[: len(batch.item_B)] for name, array in batch.arrays.items()}),
+                inputs,
+                drawn.example_id_N,
+                batch.item_B,
+            )
             for batch in self._check.batches(inputs, section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS)
         ]
 

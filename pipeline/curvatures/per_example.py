@@ -22,6 +22,7 @@ from ..tasks.base import Batch, Task
 from .base import Parameters, Sample
 from .fisher import weighted_loss
 from .linearised import StandIn
+from .rows import as_rows
 
 PIECE_BYTES = 1 << 28
 """Gradients of single examples that are held at a time, of one layer."""
@@ -115,7 +116,7 @@ class PerExample:
             yield from ((name, each) for name, each in found if name in names)
         others = [name for name in self.others if name in names]
         for row in range(len(next(iter(batch.values()))) if others else 0):
-            own = {name: value[row : row + 1] for name, value in batch.items()}
+            own = as_rows(batch).some(slice(row, row + 1))
             with torch.enable_grad(), self._parameters.differentiable():
                 tensors = [self._parameters.tensors[name] for name in others]
                 slopes = _gradients(weighted_loss(self._model, self._task, own).sum(), tensors)

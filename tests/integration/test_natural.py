@@ -87,16 +87,16 @@ def test_a_sample_has_two_parts_that_share_no_row(make_spec):
     run = freeze(make_spec(NATURAL))
     task = Tuner(run, "cpu")._task
     drawn, again = draw_sample(run, task, 64), draw_sample(run, task, 64)
-    assert (32, 32) == tuple(part.items for part in drawn)
-    parts = [part.whole()["features"] for part in drawn]
+    assert (32, 32) == tuple(part.inputs.items for part in drawn)
+    parts = [part.inputs.whole()["features"] for part in drawn]
     assert 64 == len({row.tobytes() for part in parts for row in part})
-    assert (parts[1] == again[1].whole()["features"]).all()
+    assert (parts[1] == again[1].inputs.whole()["features"]).all()
 
 
 def test_of_a_tiny_corpus_the_sample_is_all(small, tmp_path):
     """13 rows of which one cannot be decoded."""
     run = freeze(small.spec(tmp_path / "run"))
-    assert [6, 6] == [part.items for part in draw_sample(run, Tuner(run, "cpu")._task, 4096)]
+    assert [6, 6] == [part.inputs.items for part in draw_sample(run, Tuner(run, "cpu")._task, 4096)]
 
 
 def test_a_shared_model_is_refused_before_any_work(make_spec):
