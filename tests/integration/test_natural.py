@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from pipeline.audit import audit
 from pipeline.errors import SpecError
@@ -80,6 +82,23 @@ def test_other_batches_are_another_run_but_nearly_the_same_scores(make_spec):
     other = run_without_ray(make_spec("producer={name: natural, damping: 0.01}", "score.batch_rows=64", name="other"))
     ours, theirs = (run.counterpart_meta("copy-of-3") for run in (one, other))
     assert ours["change_norm"] == pytest.approx(theirs["change_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("curvature", ["diagonal", "gfim"])
+def test_labels_are_drawn_by_the_ids_of_rows(curvature, make_spec):
+    """What is fitted does not depend on batches and shards; with another seed other labels are drawn."""
+    producer = f"producer={{name: natural, sample_rows: 64, curvature: {curvature}, damping: 0.01}}"
+    others = ("score.batch_rows=8", "score.batch_rows=512", "score.shard_rows=50", "seed=1")
+    tensors = []
+    for number, other in enumerate(("seed=0", *others)):
+        run = freeze(make_spec(producer, other, name=f"run-{number}"))
+        tuner = Tuner(run, "cpu")
+        tuner.tune_all(run.query_ids[:1])
+        tensors.append(load(run.fitted()[0]))
+    for found in tensors[1:-1]:
+        for name, tensor in tensors[0].items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-7)
+    assert any(not torch.allclose(tensors[-1][name], tensor, rtol=0.01) for name, tensor in tensors[0].items())
 
 
 def test_a_sample_has_two_parts_that_share_no_row(make_spec):
