@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import own_copy
+from ..errors import ContractError
 from ..tasks.base import Batch, Task, Uniforms
 from .base import Sample, say_first
 from .rows import Rows, as_rows, weights
@@ -32,7 +32,6 @@ DRAWS = 8
 then a large gradient: on digits EK-FAC's rank correlation with retraining is .39 with 1, .44 with 4 and .46 with 16."""
 LEAST_UNIFORM = 2.0**-54
 """In the place of 0, whose normal quantile is not finite."""
-_Draw = Callable[..., Batch]
 
 
 def with_drawn_labels(model: nn.Module, task: Task, sample: Sample, seed: int, device: torch.device) -> Sample:
@@ -40,15 +39,18 @@ def with_drawn_labels(model: nn.Module, task: Task, sample: Sample, seed: int, d
 
     Texts are drawn once: they have many labels each. What is drawn for a row is a function of the seed and its example's id
     alone.
+
+    Raises:
+        ContractError: What the task draws is no such batch.
+        NumericsError: The model's predictions are not finite.
     """
-    draw: _Draw | None = getattr(task, "sampled", None)
-    if draw is None:
+    if getattr(task, "sampled", None) is None:
         _warn_of_true_labels(type(task).__name__)
         return sample
     times = 1 if hasattr(task, "token_ids_BT") else DRAWS
     with torch.no_grad():
         drawn = [
-            _drawn(draw, model, rows, RowUniforms(rows, seed, time, device))
+            _drawn(task, model, rows, RowUniforms(rows, seed, time, device))
             for time in range(times)
             for rows in map(as_rows, sample.batches, sample.numbers)
         ]
@@ -87,10 +89,21 @@ def _key(seed: int, window: int, example: str) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(f"{seed}/{window}/{example}".encode()).digest()[:16], np.uint64)
 
 
-def _drawn(draw: _Draw, model: nn.Module, rows: Rows, uniforms: Uniforms) -> Rows:
-    """The rows with what was drawn; columns that were handed on are their own, whatever the model did to its copy."""
+def _drawn(task: Task, model: nn.Module, rows: Rows, uniforms: Uniforms) -> Rows:
+    """The rows with what was drawn; columns that were handed on are their own, whatever the model did to its copy.
+
+    Raises:
+        ContractError: A column is missing, or has another shape.
+    """
     own = own_copy(rows)
-    drawn = draw(model, own, uniforms=uniforms)
+    drawn: Batch = task.sampled(model, own, uniforms=uniforms)  # type: ignore[attr-defined]
+    for name, value in rows.items():
+        got = list(drawn[name].shape) if name in drawn else "none"
+        if got != list(value.shape):
+            raise ContractError(
+                f"{type(task).__name__}.sampled: got column {name!r} of shape {got}, expected {list(value.shape)}",
+                "uniforms(*shape) gives numbers [B, *shape]: the number of rows is not among its arguments",
+            )
     return rows.holding({name: rows[name] if value is own.get(name) else value for name, value in drawn.items()})
 
 

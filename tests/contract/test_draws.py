@@ -184,6 +184,32 @@ def test_noise_of_ones_own_task_is_normal_and_finite():
     assert (noise_BC.std() - 1).abs() < 4 / (2 * noise_BC.numel()) ** 0.5
 
 
+class Squared(Distance):
+    """Gives the number of rows to what knows it."""
+
+    def sampled(self, model, batch, uniforms):
+        return {**batch, "label": uniforms(len(batch["label"]), CLASSES)}
+
+
+class Forgetful(Distance):
+    """Hands on nothing but labels."""
+
+    def sampled(self, model, batch, uniforms):
+        return {"label": batch["label"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [(Squared, r"'label' of shape \[5, 5, 3\], expected \[5, 3\]"), (Forgetful, "'features' of shape none")],
+)
+def test_what_is_drawn_has_the_batchs_columns(kind, what):
+    """Another shape, and a column that is left out, are named."""
+    (batch,) = batches(5)
+    of = Sample([{**batch, "label": torch.zeros(5, CLASSES)}], 5)
+    with pytest.raises(ContractError, match=f"{kind.__name__}.sampled: got column {what}"):
+        with_drawn_labels(network(), kind("features", "label", [2, 6, 6]), of, SEED, CPU)
+
+
 class Former(Classification):
     """Draws as tasks did."""
 
