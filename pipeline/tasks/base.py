@@ -46,8 +46,8 @@ class Uniforms(Protocol):
         """Numbers [B, *shape], float64, uniform in (0, 1), on the model's device; every call gives others.
 
         A row's are a function of the run's seed and its example's id. Those of a smaller first axis are the first of those of a
-        larger one, so that padding does not change them. Made into labels by the inverse of their cumulative distribution
-        (`tasks.outputs.drawn_classes`, `torch.special.ndtri`), they are drawn from it.
+        larger one, so that padding does not change them. `torch.special.ndtri` makes normal numbers of them, and
+        `tasks.outputs.drawn_classes` classes.
         """
         ...
 

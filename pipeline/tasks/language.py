@@ -136,7 +136,7 @@ class CausalLM:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         label_BT = batch["labels"]
         ahead_BT = torch.nn.functional.pad(label_BT[:, 1:], (0, 1), value=IGNORED)
-        drawn_BT = drawn_tokens(model, inputs, ahead_BT, uniforms(ahead_BT.shape[1]))
+        drawn_BT = drawn_tokens(model, inputs, ahead_BT, uniforms)
         return {**batch, "labels": torch.cat([label_BT[:, :1], drawn_BT[:, :-1]], dim=1)}
 
     def token_losses_BT(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -224,8 +224,7 @@ class Seq2Seq:
     def sampled(self, model: nn.Module, batch: Batch, uniforms: Uniforms) -> Batch:
         """See Samples: every token drawn given the target's own tokens before it, which stay what the decoder is given."""
         inputs = _decoder_inputs(model, batch)
-        label_BT = batch["labels"]
-        return {**inputs, "labels": drawn_tokens(model, inputs, label_BT, uniforms(label_BT.shape[1]))}
+        return {**inputs, "labels": drawn_tokens(model, inputs, batch["labels"], uniforms)}
 
     def token_ids_BT(self, batch: Batch) -> Tensor:
         """See SequenceTask."""

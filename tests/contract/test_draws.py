@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from pipeline.choices import CausalLMTask, CustomTask
 from pipeline.curvatures.base import Parameters, Sample
-from pipeline.curvatures.fisher import RowUniforms, with_drawn_labels
+from pipeline.curvatures.fisher import LEAST_UNIFORM, RowUniforms, with_drawn_labels
 from pipeline.curvatures.rows import Rows
 from pipeline.errors import ContractError, NumericsError
 from pipeline.extensions import load_task
 from pipeline.importing import construct
 from pipeline.tasks.classification import Classification
-from pipeline.tasks.outputs import drawn_classes
+from pipeline.tasks.outputs import drawn_classes, halvings
 from tests.contract.test_curvatures import (
     BUILTIN,
     CLASSES,
@@ -139,22 +139,41 @@ def test_numbers_are_a_rows_own(seed, example, window, places, more):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.floats(0, 1, exclude_min=True, exclude_max=True))
-def test_a_class_is_that_in_whose_share_a_number_lies(chances, uniform):
-    """Any chances, some of them 0: the class has one, and those before it add up to no more than the number."""
-    chance_C = torch.tensor(chances, dtype=torch.float64)
-    if chance_C.sum() < 1e-9:
-        chance_C[0] = 1.0
-    found = int(drawn_classes(chance_C[None], torch.tensor([uniform], dtype=torch.float64))[0])
-    assert chance_C[found] > 0
-    at = uniform * float(chance_C.cumsum(0)[-1])
-    assert float(chance_C[:found].sum()) <= at + 1e-12
-    assert at <= float(chance_C[: found + 1].sum()) + 1e-12
+def test_a_class_without_a_chance_is_not_drawn(chances, uniform):
+    """Any chances, most of them 0, by any numbers, the least and the largest below 1 among them."""
+    chance_C = torch.tensor([0.0, *chances, 0.0], dtype=torch.float64)
+    chance_C[1] += 1e-9
+    numbers = torch.tensor([uniform, LEAST_UNIFORM, 1 - 2**-53], dtype=torch.float64)
+    uniform_ML = torch.cartesian_prod(*[numbers] * halvings(len(chance_C)))
+    found_M = drawn_classes(chance_C.expand(len(uniform_ML), -1), uniform_ML.view(len(uniform_ML), -1))
+    assert (chance_C[found_M] > 0).all()
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 300])
+def test_classes_are_drawn_with_their_chances(classes):
+    """Of 100,000 draws each class gets its share within 5 standard errors."""
+    generator = torch.Generator().manual_seed(classes)
+    chance_C = torch.randn(classes, generator=generator, dtype=torch.float64).exp()
+    uniform_ML = torch.rand(100_000, halvings(classes), generator=generator, dtype=torch.float64)
+    found_M = drawn_classes(chance_C.expand(100_000, -1), uniform_ML)
+    share_C, wanted_C = torch.bincount(found_M, minlength=classes) / 100_000, chance_C / chance_C.sum()
+    assert ((share_C - wanted_C).abs() <= 5 * (wanted_C * (1 - wanted_C) / 100_000).sqrt()).all()
+
+
+def test_what_rounding_moves_is_drawn_as_before_nearly_always():
+    """Chances of 1,000 classes that differ by 1 % each: fewer than 2 % of draws are others."""
+    generator = torch.Generator().manual_seed(0)
+    chance_MC = torch.randn(5000, 1000, generator=generator).exp()
+    moved_MC = chance_MC * (1 + 0.01 * torch.randn(5000, 1000, generator=generator))
+    uniform_ML = torch.rand(5000, halvings(1000), generator=generator, dtype=torch.float64)
+    others = drawn_classes(chance_MC, uniform_ML) != drawn_classes(moved_MC, uniform_ML)
+    assert others.double().mean() < 0.02
 
 
 def test_chances_that_are_not_finite_are_an_error():
     """Of a model that returns NaN, before any label is made of them."""
     with pytest.raises(NumericsError, match="predictions on rows of the corpus are not finite"):
-        drawn_classes(torch.full((2, 3), float("nan")), torch.tensor([0.5, 0.5]))
+        drawn_classes(torch.full((2, 3), float("nan")), torch.full((2, 2), 0.5))
 
 
 class Distance(Classification):
