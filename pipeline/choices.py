@@ -150,7 +150,8 @@ class CausalLMTask(LanguageTask):
     """Whether the end-of-text token stands, and counts, behind every text."""
     overlong: Literal["cut", "windows", "reject"] = "cut"
     """An example of more than `max_tokens`: its first tokens only; or all of it in windows, each with the one token before it
-    as its context; or rejected. How many there were stands in the commits. A query is never split: `windows` refuses one."""
+    as its context; or rejected. How many there were stands in the commits. However many windows it has, it is one example: its
+    loss is that of all its tokens, and it counts once in a curvature. A query is never split: `windows` refuses one."""
 
     @model_validator(mode="after")
     def _one_input(self) -> CausalLMTask:

@@ -115,8 +115,9 @@ class PerExample:
             found = self._summed([uses[i] for i in group], [sides[i] for i in group])
             yield from ((name, each) for name, each in found if name in names)
         others = [name for name in self.others if name in names]
-        for row in range(len(next(iter(batch.values()))) if others else 0):
-            own = as_rows(batch).some(slice(row, row + 1))
+        rows = as_rows(batch)
+        for row in range(len(rows.example_B) if others else 0):
+            own = rows.some(slice(row, row + 1))
             with torch.enable_grad(), self._parameters.differentiable():
                 tensors = [self._parameters.tensors[name] for name in others]
                 slopes = _gradients(weighted_loss(self._model, self._task, own).sum(), tensors)

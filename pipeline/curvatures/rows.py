@@ -66,8 +66,8 @@ def as_rows(batch: Batch, number: int = 0) -> Rows:
 
 
 def weights(batch: Batch, like: Tensor) -> Tensor:
-    """What each row's loss counts in its example's: [B], of a tensor's type and on its device."""
-    return torch.from_numpy(as_rows(batch).weight_B).to(like)
+    """What each row's loss counts in its example's: [B], of the type of losses [B] and on their device."""
+    return torch.from_numpy(batch.weight_B).to(like) if isinstance(batch, Rows) else torch.ones_like(like)
 
 
 def of_examples(batches: Sequence[Rows], values: Tensor) -> Tensor:

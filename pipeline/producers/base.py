@@ -64,7 +64,7 @@ class Setting:
     Args:
         base: Base model in eval mode; must come back unchanged.
         task: Says what a loss is.
-        probe: Some random rows, the same at every worker: batches [B, *shape].
+        probe: Some random examples, the same at every worker: batches [B, *shape], `Rows` where an example may have several.
         sample: All that were drawn, those of the probe among them, shared out over the workers.
         seed: All randomness must derive from it.
         first_order: Whether scores are derivatives along a step, so that its length changes their unit and nothing else.
