@@ -10,10 +10,8 @@ Shapes: Q vectors, P numbers of the chosen parameters, B rows of a batch, T posi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..blocks import repeated
@@ -21,7 +19,8 @@ from ..layers import Layer, layers_in
 from ..numerics import to_loss_dtype
 from ..tasks.base import Batch, Task
 from .base import Parameters, Sample, say_first, units
-from .diagonal import mean_squares
+from .diagonal import sums_of_squares
+from .eigenvectors import eigenvectors
 from .fisher import with_drawn_labels
 from .per_example import PerExample, Seen
 
@@ -73,10 +72,9 @@ class EKFAC:
         others = [name for name in parameters.names if name not in kept]
         if others:
             say_first(_what_is_factored(parameters, others, len(layers)))
-        tensors = _bases(per_example, drawn, {name: sides[name] for name in layers}, parameters)
-        tensors |= _eigenvalues(per_example, drawn, {name: sides[name] for name in layers}, parameters, tensors)
-        diagonal = mean_squares(per_example, parameters, drawn, others) if others else {}
-        return tensors | {f"{name}/{_DIAGONAL}": each for name, each in diagonal.items()}
+        chosen = {name: sides[name] for name in layers}
+        tensors = _bases_and_diagonal(per_example, drawn, chosen, others, parameters)
+        return tensors | _eigenvalues(per_example, drawn, chosen, parameters, tensors)
 
     def load(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]
@@ -132,39 +130,45 @@ def _sides(layer: Layer, parameters: Parameters) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _bases(
-    per_example: PerExample, sample: Sample, sides: Mapping[str, tuple[int, int]], parameters: Parameters
+def _bases_and_diagonal(
+    per_example: PerExample,
+    sample: Sample,
+    sides: Mapping[str, tuple[int, int]],
+    others: Collection[str],
+    parameters: Parameters,
 ) -> dict[str, Tensor]:
-    """Eigenvectors of the covariances of every layer's inputs and output gradients.
+    """Eigenvectors of the covariances of every layer's inputs and output gradients, and the diagonal of other parameters.
 
     Positions at which a loss does not depend on the output (padding, what a pooling passed over) are left out: they have no part
     in any gradient.
     """
-    like = {}
+    slots = {name: tensor.detach() for name, tensor in parameters.tensors.items()}
+    like: dict[str, Tensor] = {}
     for name, (outputs, inputs) in sides.items():
-        slot = parameters.tensors[name].detach()
-        like[f"{name}/{_INPUTS}"] = slot.new_zeros(()).expand(inputs, inputs)
-        like[f"{name}/{_OUTPUTS}"] = slot.new_zeros(()).expand(outputs, outputs)
+        like[f"{name}/{_INPUTS}"] = slots[name].new_zeros(()).expand(inputs, inputs)
+        like[f"{name}/{_OUTPUTS}"] = slots[name].new_zeros(()).expand(outputs, outputs)
+    diagonal = {name: slots[name] for name in others}
 
-    def covariances(batch: Batch) -> dict[str, Tensor]:
+    def covariances_and_squares(batch: Batch) -> dict[str, Tensor]:
         found = {}
-        for seen in per_example.seen(batch, sides) if sides else ():
+        every_seen, gradients = per_example.both(batch, sides, others)
+        for seen in every_seen:
             slope_NO, input_NI = seen.slope_BTO.flatten(0, 1), seen.input_BTI.flatten(0, 1)
             there_N = (slope_NO != 0).any(dim=1)
             found[f"{seen.layer.weight}/{_INPUTS}"] = input_NI[there_N].mT @ input_NI[there_N]
             found[f"{seen.layer.weight}/{_OUTPUTS}"] = slope_NO.mT @ slope_NO
-        return found
+        return found | {f"{name}/{_DIAGONAL}": each for name, each in sums_of_squares(gradients, diagonal).items()}
 
-    sums = sample.sums(covariances, like, "curvature: bases (pass 1 of 3), batch")
-    return {name: _eigenvectors(sums[name], sample).to(to_loss_dtype(each).dtype) for name, each in like.items()}
-
-
-def _eigenvectors(matrix: Tensor, sample: Sample) -> Tensor:
-    """In columns; those of the first worker, since several may be right and all must turn the same way."""
-    vectors = torch.linalg.eigh(matrix).eigenvectors.contiguous()
-    if sample.is_split:
-        dist.broadcast(vectors, 0)
-    return vectors
+    sums = sample.sums(
+        covariances_and_squares,
+        like | {f"{name}/{_DIAGONAL}": each for name, each in diagonal.items()},
+        "curvature: bases (pass 1 of 2), batch",
+    )
+    found = {
+        f"{name}/{_DIAGONAL}": (sums[f"{name}/{_DIAGONAL}"] / sample.rows).to(to_loss_dtype(each).dtype)
+        for name, each in diagonal.items()
+    }
+    return found | eigenvectors({name: sums[name].to(to_loss_dtype(each).dtype) for name, each in like.items()}, sample)
 
 
 def _eigenvalues(
@@ -187,7 +191,7 @@ def _eigenvalues(
             found[name] = turned.sum_of_squares()
         return found
 
-    sums = sample.sums(squares, like, "curvature: eigenvalues (pass 2 of 3), batch")
+    sums = sample.sums(squares, like, "curvature: eigenvalues (pass 2 of 2), batch")
     return {
         f"{name}/{_VALUES}": (total / sample.rows).to(to_loss_dtype(like[name]).dtype) for name, total in sums.items()
     }
