@@ -98,7 +98,7 @@ class Unlearn(Steps):
     """Gradient ascent on the query: examples whose loss rises with it helped the query."""
 
     name: Literal["unlearn"] = "unlearn"
-    """This producer; the default, since ascent traces single queries."""
+    """This producer; the default of tasks of your own, since ascent traces single queries."""
     preset: Literal["paper"] | None = None
     """`paper`: the released recipe of Ko et al. 2024. Fields given beside it override it."""
     repeat: _Count = 1

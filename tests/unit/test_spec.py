@@ -62,6 +62,22 @@ TEXTS = {"name": "causal_lm", "tokens": "ids"}
 
 
 @pytest.mark.parametrize("task", [TEXTS, {"name": "seq2seq"}])
+@pytest.mark.parametrize(
+    ("expected", "task", "producer"),
+    [
+        ("natural", {"shape": [4]}, {"sample_rows": 9}),
+        ("natural", TEXTS, {"last_blocks": 1}),
+        ("unlearn", {"shape": [4]}, {"preset": "paper"}),
+        ("unlearn", {"name": "mine:Task"}, {"lr": 0.1}),
+    ],
+)
+def test_a_producers_fields_without_a_name_are_those_of_the_default(expected, task, producer):
+    """`--set producer.sample_rows=9` is enough to change a field of what the task gets by default."""
+    spec = parse(task=task, producer=producer)
+    assert expected == spec.producer.name
+    assert producer.items() <= spec.producer.model_dump().items()
+
+
 @pytest.mark.parametrize("producer", [None, {"name": "natural"}, {"name": "natural", "sample_rows": 9}])
 def test_language_models_get_factored_curvature_and_derivatives(task, producer):
     """Each layer damped by a share of its own; scored by the gradient method."""
