@@ -198,6 +198,9 @@ class Resolved(Section):
     loads one compares it."""
     found: dict[str, list[str]] = {}
     """Glob in `ensemble` -> the weights that it found when the run was frozen; later starts take these."""
+    chosen: dict[str, dict[str, Any]] = {}
+    """What the first start of stage tune chose by `producer.budget_s`: fields of the producer; of an ensemble, by its members'
+    folders. A spec that has them chooses nothing, however fast its machine is."""
     tables: dict[str, str] = {}
     """sha256 of `manifest.parquet` and `queries.parquet`, as they were frozen."""
     commits: Literal["create", "put"] = "put"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..numerics import to_loss_dtype
 from ..tasks.base import Task
-from .base import Parameters, Sample, units
+from .base import Parameters, Sample, fit_cost, units
+from .cost import Cost
 from .fisher import with_drawn_labels
 from .per_example import PerExample
 
@@ -30,6 +31,10 @@ class Diagonal:
         """See Curvature: a tensor of each parameter's shape, under its name."""
         drawn = with_drawn_labels(model, task, sample, seed, parameters.device)
         return mean_squares(PerExample(model, task, parameters, drawn), parameters, drawn, parameters.names)
+
+    def cost(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int) -> Cost:
+        """See Curvature."""
+        return fit_cost(self, model, task, parameters, sample, seed)
 
     def load(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]
