@@ -26,7 +26,7 @@ from .digests import (
     without_copies,
 )
 from .errors import ArtifactError, InputError, SpecError
-from .extensions import load_loader, load_producer, load_task, needs_query, sample_rows
+from .extensions import load_loader, load_producer, load_task, needs_query, sees_corpus
 from .folder import partition
 from .formats.base import overlap
 from .frozen import (
@@ -132,7 +132,12 @@ def _survey(spec: Spec) -> Run:
     digests = input_digests(resolved, shards, files)
     _require_same_inputs(spec, digests)
     frozen = Resolved(
-        fingerprint=fingerprint(resolved, digests), digests=digests, files=files, found=found, versions=versions()
+        fingerprint=fingerprint(resolved, digests),
+        digests=digests,
+        files=files,
+        found=found,
+        chosen=spec.resolved.chosen if spec.resolved else {},
+        versions=versions(),
     )
     resolved = resolved.model_copy(update={"resolved": frozen})
     first = Addition(0, frozen.fingerprint, 0, len(shards), query_ids)
@@ -154,7 +159,7 @@ def _require_fitting_producer(spec: Spec) -> None:
     needed, name = needs_query(load_producer(spec.producer)), spec.producer.implementation
     if needed and spec.queries is None:
         raise SpecError(f"queries: missing; producer {name} tunes on them", "name a file of rows to ask about")
-    if sample_rows(load_producer(spec.producer)) and spec.resources.tune.shard:
+    if sees_corpus(load_producer(spec.producer)) and spec.resources.tune.shard:
         raise SpecError(
             f"resources.tune.shard: producer {name} sees a sample of the corpus, and every worker must hold the whole model",
             "leave shard out; workers share out the sample or the queries anyway",

@@ -98,7 +98,7 @@ class Unlearn(Steps):
     """Gradient ascent on the query: examples whose loss rises with it helped the query."""
 
     name: Literal["unlearn"] = "unlearn"
-    """This producer; the default, since ascent traces single queries."""
+    """This producer; the default of tasks of your own, since ascent traces single queries."""
     preset: Literal["paper"] | None = None
     """`paper`: the released recipe of Ko et al. 2024. Fields given beside it override it."""
     repeat: _Count = 1
@@ -183,13 +183,18 @@ class Natural(Extension):
     damping_share: _Positive | None = None
     """The same as a share of each layer's own mean eigenvalue, for curvatures that are fitted. Layers of language models are bent
     so differently that no damping in nats suits them all."""
+    budget_s: _Positive | None = None
+    """Seconds that stage tune may take, about. Where `sample_rows` is not given, the first start measures what a pass through a
+    few rows takes, and takes so many that it ends in time: 4,096 or all, if it can. What it chose is frozen with the run, in
+    choice.json and run.yaml. Null: 60, or as long as scoring the corpus takes, if that is more."""
     iterations: _Count = 20
     """Conjugate-gradient iterations of `gauss_newton` at most; each goes through the sample once."""
     tolerance: _Positive = 1e-3
     """They end when no query's residual is longer than this share of its gradient."""
-    sample_rows: _Count = 4096
+    sample_rows: _Count | None = None
     """Rows of the corpus that the curvature is measured on, drawn at random; all of a smaller corpus. More is better; where
-    `curvature` is not given, no more are used than can be inverted directly."""
+    `curvature` is not given, no more are used than can be inverted directly. Null: 4,096, or as many as `budget_s` allows, 32 at
+    least. With a number here nothing is measured: the same spec does the same on any machine."""
     step: _Positive | None = None
     """Length of the step, as the rise of the query's loss in nats to first order. Null: for each query that at which the
     loss differences of some rows of the corpus are nearest to their exact derivatives."""

@@ -198,6 +198,9 @@ class Resolved(Section):
     loads one compares it."""
     found: dict[str, list[str]] = {}
     """Glob in `ensemble` -> the weights that it found when the run was frozen; later starts take these."""
+    chosen: dict[str, dict[str, Any]] = {}
+    """What the first start of stage tune chose by `producer.budget_s`: fields of the producer; of an ensemble, by its members'
+    folders. A spec that has them chooses nothing, however fast its machine is."""
     tables: dict[str, str] = {}
     """sha256 of `manifest.parquet` and `queries.parquet`, as they were frozen."""
     commits: Literal["create", "put"] = "put"
@@ -223,7 +226,7 @@ class Spec(Section):
     queries: QueriesSection | None = None
     """What is asked about. Null with producers that tune on nothing (reference, mask_heads): they have one counterpart."""
     producer: ProducerSection = Unlearn()
-    """How a counterpart is made from the base model and a query. Left out: `natural` for classification and
+    """How a counterpart is made from the base model and a query. Without a name: `natural` for classification and
     language models, else `unlearn`."""
     score: ScoreSection = ScoreSection()
     """How the corpus is cut up and run through the models."""
@@ -247,7 +250,7 @@ class Spec(Section):
             return _judged_best_for_texts(data)
         if task.get("name", "classification") != "classification":
             return data
-        producer = data.get("producer") or {"name": "natural"}
+        producer = _named(data.get("producer"))
         released = isinstance(producer, Mapping) and producer.get("preset") == "paper"
         if task.get("temperature") is None:
             task = {**task, "temperature": RELEASED_TEMPERATURE if released else TEMPERATURE}
@@ -273,9 +276,16 @@ class Spec(Section):
         return self
 
 
+def _named(producer: Any) -> Any:
+    """The producer's section with a name: `natural`, but for the preset, which is one of `unlearn`."""
+    if producer is not None and not isinstance(producer, Mapping):
+        return producer
+    return {"name": "unlearn" if "preset" in (producer or {}) else "natural", **(producer or {})}
+
+
 def _judged_best_for_texts(data: Mapping[str, Any]) -> dict[str, Any]:
     """`natural` by factored curvature and derivatives, as far as nothing else is given."""
-    producer, score = data.get("producer") or {"name": "natural"}, data.get("score") or {}
+    producer, score = _named(data.get("producer")), data.get("score") or {}
     if not isinstance(producer, Mapping) or producer.get("name") != "natural" or not isinstance(score, Mapping):
         return dict(data)
     given = producer.keys() & {"curvature", "damping", "damping_share"}

@@ -270,14 +270,18 @@ def _hessians(model: nn.Module, task: Task, parameters: Parameters, batch: Batch
     return hessian_BDD
 
 
+def most_rows(size: int) -> int:
+    """Rows of S that there is room for, where each has so many numbers."""
+    return min(MOST_ROWS, MOST_BYTES // (4 * size), int(math.sqrt(MOST_PRODUCTS / size)))
+
+
 def _with_room(bends: Sequence[_Bends], size: int, some: bool) -> tuple[list[Part], int]:
     """What is kept of the whole sample, or of as many of its first rows as there is room for, and how many rows these are.
 
     Rows are counted, not batches, so that how they are cut into batches does not show. Raises TooLargeError.
     """
-    most = min(MOST_ROWS, MOST_BYTES // (4 * size), int(math.sqrt(MOST_PRODUCTS / size)))
     values = [each.value_BD for each in bends if each.value_BD is not None]
-    starts = np.cumsum([0, *map(len, values)])
+    starts, most = np.cumsum([0, *map(len, values)]), most_rows(size)
 
     def kept(rows: int) -> tuple[float, int]:
         """Least eigenvalue that is kept of so many rows, and how many are."""

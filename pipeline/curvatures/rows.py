@@ -37,12 +37,13 @@ class Rows(dict[str, Tensor]):
         """Of some items of inputs.
 
         Args:
-            columns: The items as tensors.
+            columns: The items as tensors; rows beyond them only fill a shape.
             inputs: Whose items they are.
             example_id_N: Ids of its examples.
             item_B: Numbers of the items.
         """
         example_B = example_id_N[inputs.example_S[item_B]]
+        columns = {name: value[: len(item_B)] for name, value in columns.items()}
         return cls(columns, example_B, inputs.window_S[item_B], inputs.weight_S[item_B])
 
     def some(self, index: slice | Tensor) -> Rows:

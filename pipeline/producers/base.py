@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..batches import own_copy
@@ -77,6 +78,11 @@ class Setting:
     seed: int
     first_order: bool = False
 
+    def losses(self) -> list[Tensor]:
+        """Losses [B] of this worker's batches."""
+        with torch.no_grad():
+            return [self.task.loss_B(self.base, own_copy(batch)) for batch in self.sample.batches]
+
     def slope(self, parameters: Parameters, rows: Batch) -> Tensor:
         """Gradient [P] of the mean loss of some rows."""
         return parameters.gradient(lambda: self.task.loss_B(self.base, own_copy(rows)).mean())
@@ -93,6 +99,34 @@ class Fitted:
 
     tensors: Mapping[str, Tensor]
     details: dict[str, float | str]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a run has to do.
+
+    Args:
+        queries: Counterparts to make.
+        rows: Of the corpus.
+        actors: That score it; 1 where nobody knows.
+    """
+
+    queries: int
+    rows: int
+    actors: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a producer chose of what its spec leaves open.
+
+    Args:
+        fields: Name -> value.
+        line: For a person; empty where all is as without a budget.
+    """
+
+    fields: Mapping[str, Any]
+    line: str = ""
 
 
 class CorpusProducer(Protocol):
@@ -145,8 +179,12 @@ class SampleProducer(Protocol):
 
     direction: int
     """As of Producer."""
-    sample_rows: int
-    """Rows of the corpus that it wants to see."""
+    sample_rows: int | None
+    """Rows of the corpus that it wants to see; null for one that chooses. That one is a dataclass and has
+
+    - `is_open`: whether anything is to be chosen;
+    - `choose(setting, ahead) -> Chosen`: fields that take the place of its own, by what some rows take.
+    """
 
     def fit(self, setting: Setting) -> Fitted:
         """What can be found out before there is a query: the same at every worker.
