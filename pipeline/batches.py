@@ -119,8 +119,8 @@ class Inputs(Protocol):
         """What each item's loss counts in its example's, which is the sum over its items of weight times loss, float64."""
         ...
 
-    def batches(self, batch_rows: int, batch_tokens: int) -> Iterator[Batch]:
-        """All of them in batches, every item in one."""
+    def batches(self, batch_rows: int, batch_tokens: int, full: bool = False) -> Iterator[Batch]:
+        """All of them in batches, every item in one; full ones even where that costs padding."""
         ...
 
     def of_examples(self, losses_S: np.ndarray) -> np.ndarray:
@@ -170,7 +170,7 @@ class Arrays:
         """See Inputs."""
         return np.ones(self.items)
 
-    def batches(self, batch_rows: int, batch_tokens: int = 0) -> Iterator[Batch]:
+    def batches(self, batch_rows: int, batch_tokens: int = 0, full: bool = False) -> Iterator[Batch]:
         """In batches of exactly `batch_rows` rows, the last filled up with copies of its last row."""
         for start in range(0, self.items, batch_rows):
             stop = min(start + batch_rows, self.items)
@@ -247,11 +247,11 @@ class Sequences:
         """See Inputs: a window's share of its example's tokens, or 1 where losses are sums."""
         return self.tokens_S / self.num_tokens_N[self.example_S] if self.per_token else np.ones(self.items)
 
-    def batches(self, batch_rows: int, batch_tokens: int) -> Iterator[Batch]:
+    def batches(self, batch_rows: int, batch_tokens: int, full: bool = False) -> Iterator[Batch]:
         """In batches of at most `batch_tokens` tokens, padding included; a sequence that is longer than that goes alone.
 
         Longest first, so that memory is at its peak in the first batch. A sequence that would be padded by more than a tenth
-        begins the next batch, unless this one has hardly begun. A function of the sequences alone.
+        begins the next batch, unless this one has hardly begun, or all are to be full. A function of the sequences alone.
         """
         length_S = self.length_SC.max(axis=1)
         order_S = np.argsort(-length_S, kind="stable")
@@ -259,7 +259,7 @@ class Sequences:
         while start < self.items:
             longest = int(length_S[order_S[start]])
             alike = int((length_S[order_S[start:]] >= ALIKE * longest).sum())
-            rows = min(batch_tokens // longest, max(alike, int(BEGUN * batch_tokens) // longest))
+            rows = min(batch_tokens // longest, max(alike, int((1 if full else BEGUN) * batch_tokens) // longest))
             item_B = order_S[start : start + max(1, rows)]
             yield Batch(item_B, {name: ragged.padded(item_B) for name, ragged in self.columns.items()})
             start += len(item_B)

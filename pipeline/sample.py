@@ -39,7 +39,7 @@ class Drawn:
     example_id_N: np.ndarray
 
 
-def draw_sample(run: Run, task: Task, rows: int) -> tuple[Drawn, Drawn]:
+def draw_sample(run: Run, task: Task, rows: int, most_shards: int = MAX_SHARDS) -> tuple[Drawn, Drawn]:
     """Rows drawn at random, in random order: the same at every worker and every start; a few of them, and the others.
 
     They are drawn from the corpus as it was first frozen; what cannot be scored is left out.
@@ -53,8 +53,8 @@ def draw_sample(run: Run, task: Task, rows: int) -> tuple[Drawn, Drawn]:
         int.from_bytes(hashlib.sha256(f"{run.spec.seed}/sample".encode()).digest()[:7], "big")
     )
     picked = np.arange(len(shards))
-    if rows < rows_S.sum() and len(shards) > MAX_SHARDS:
-        picked = np.sort(chance.choice(len(shards), MAX_SHARDS, replace=False, p=rows_S / rows_S.sum()))
+    if rows < rows_S.sum() and len(shards) > most_shards:
+        picked = np.sort(chance.choice(len(shards), most_shards, replace=False, p=rows_S / rows_S.sum()))
     corpus = Corpus(run.spec.corpus)
     drawn_M = np.sort(chance.permutation(rows_S[picked].sum())[:rows])
     starts = np.concatenate([[0], np.cumsum(rows_S[picked])])

@@ -21,7 +21,7 @@ from .extensions import is_joint, load_model, load_producer, load_task, prepared
 from .importing import user_code
 from .observe import say
 from .queries import query_inputs
-from .sample import Drawn, draw_sample
+from .sample import MAX_SHARDS, Drawn, draw_sample
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,12 +30,15 @@ if TYPE_CHECKING:
     from .producers.base import CorpusProducer, Fitted, Produced, Producer, SampleProducer, Setting
     from .tasks.base import Batch, Task
 
-MEASURED_ROWS = 64
-"""Rows of the corpus on which a producer measures what it may choose."""
+FEW_ROWS, MEASURED_ROWS = 4, 64
+"""Rows of the corpus on which a producer measures what it may choose: so many that it takes"""
+MEASURING_S, MEASURING_PASSES = 3.0, 16
+"""seconds, about, for which a model goes forwards through each row so often."""
 CHECKED_QUERY_ROWS = 8
 """Rows of queries, at most, on which the model is looked at."""
 SHARE_OF_TOKENS = 4
-"""A curvature holds all logits of a batch of texts, and more: its batches are smaller than those that are scored, by so much."""
+"""A curvature holds all logits of a batch of texts, and more: its batches are smaller than those that are scored, by so much.
+Each costs as many numbers as all factors have, so they are full."""
 
 
 class Tuner:
@@ -225,6 +228,7 @@ class Tuner:
         """The producer with what its spec leaves open: chosen by the first start, for later ones and for replays."""
         import torch.distributed as dist
 
+        from .curvatures.cost import timed
         from .producers.base import Ahead
 
         if not getattr(producer, "is_open", False):
@@ -235,7 +239,12 @@ class Tuner:
             dist.broadcast_object_list(found)
         if found[0] is None:
             ahead = Ahead(len(run.query_ids), run.rows, run.spec.resources.score.actors or 1)
-            choice = cast(Any, producer).choose(self._setting(seed, MEASURED_ROWS), ahead)
+            few = self._setting(seed, FEW_ROWS, most_shards=1)
+            few.losses()  # the first pass takes longer
+            pass_s = few.sample.of_first(timed(few.losses)[1]) / few.sample.rows
+            rows = min(max(int(MEASURING_S / (MEASURING_PASSES * pass_s)), FEW_ROWS), MEASURED_ROWS)
+            setting = self._setting(seed, rows, most_shards=1) if rows > FEW_ROWS else few
+            choice = cast(Any, producer).choose(setting, ahead)
             if not several or dist.get_rank() == 0:
                 run.commit_measured(CHOICE, {"fields": dict(choice.fields), "why": choice.line})
                 found = [(run.measured(CHOICE) or {}).get("fields")]
@@ -245,7 +254,7 @@ class Tuner:
                 dist.broadcast_object_list(found)
         return cast("SampleProducer", replace(cast(Any, producer), **(found[0] or {})))
 
-    def _setting(self, seed: int, rows: int) -> Setting:
+    def _setting(self, seed: int, rows: int, most_shards: int = MAX_SHARDS) -> Setting:
         """The sample as the producer sees it."""
         import torch.distributed as dist
 
@@ -253,7 +262,7 @@ class Tuner:
         from .producers.base import Setting
 
         rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        drawn = draw_sample(self._run, self._task, rows)
+        drawn = draw_sample(self._run, self._task, rows, most_shards)
         probe, rest = (self._batches(part) for part in drawn)
         numbers = range(len(probe) + len(rest))[rank::workers]
         sample = Sample([*probe, *rest][rank::workers], sum(len(part.example_id_N) for part in drawn), numbers)
@@ -280,7 +289,9 @@ class Tuner:
         section, inputs = self._run.spec.score, drawn.inputs
         return [
             Rows.of_items(self._tensors(batch.arrays), inputs, drawn.example_id_N, batch.item_B)
-            for batch in self._check.batches(inputs, section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS)
+            for batch in self._check.batches(
+                inputs, section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS, full=True
+            )
         ]
 
     def _fitted(self, producer: SampleProducer, setting: Setting) -> Fitted:

@@ -280,8 +280,9 @@ def _with_room(bends: Sequence[_Bends], size: int, some: bool) -> tuple[list[Par
 
     Rows are counted, not batches, so that how they are cut into batches does not show. Raises TooLargeError.
     """
+    most = most_rows(size)
     values = [each.value_BD for each in bends if each.value_BD is not None]
-    starts, most = np.cumsum([0, *map(len, values)]), most_rows(size)
+    starts = np.cumsum([0, *map(len, values)])
 
     def kept(rows: int) -> tuple[float, int]:
         """Least eigenvalue that is kept of so many rows, and how many are."""
