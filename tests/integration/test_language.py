@@ -135,11 +135,11 @@ def test_a_curvature_is_of_documents_however_they_are_cut_and_batched(make):
     short = "queries.uri=" + str(_short_queries(make))
     one = run_without_ray(make(*fields, short, name="one"))
     other = run_without_ray(make(*fields, short, "score.shard_rows=30", "score.batch_tokens=1000", name="other"))
-    setting = Tuner(other, "cpu")._setting(0)
+    setting = Tuner(other, "cpu")._setting(0, 30)
     assert len(TEXTS) == setting.sample.rows < sum(len(rows.weight_B) for rows in setting.sample.batches)
     assert len(TEXTS) == pytest.approx(sum(rows.weight_B.sum() for rows in setting.sample.batches))
     found, again = (np.array(scores(run)["score"].to_pylist()) for run in (one, other))
-    np.testing.assert_allclose(found, again, atol=1e-4 * np.abs(found).max())
+    np.testing.assert_allclose(found, again, atol=1e-3 * np.abs(found).max())  # eigenvectors are in single precision
 
 
 def _short_queries(make):
