@@ -165,7 +165,7 @@ def test_language_models_are_averaged_per_token(tmp_path):
         "task": {"name": "causal_lm"},
         "corpus": {"uri": str(tmp_path / "corpus.parquet"), "example_id": "id"},
         "queries": {"uri": str(tmp_path / "queries.parquet")},
-        "producer": {"steps": 2},
+        "producer": {"name": "unlearn", "steps": 2},
         "score": {"shard_rows": 8},
     }
     run = work_off(freeze(parse_spec(tree)))

@@ -54,7 +54,7 @@ def make(folder, tmp_path):
     """`make("task.reduction=sum", ...)`: a spec over that world."""
 
     def spec(*overrides, name="run"):
-        made = spec_tree(folder, tmp_path / name) | {"producer": {"steps": 3}, "rank": {"k": 3}}
+        made = spec_tree(folder, tmp_path / name) | {"producer": {"name": "unlearn", "steps": 3}, "rank": {"k": 3}}
         return parse_spec(made, overrides)
 
     return spec
@@ -352,7 +352,7 @@ def test_masked_heads_select_the_top_share_of_every_source(make, tmp_path, folde
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "producer",
-    ["{steps: 3}", "{steps: 3, last_blocks: 1, lora_rank: 4, lr: 0.1}"],
+    ["{name: unlearn, steps: 3}", "{name: unlearn, steps: 3, last_blocks: 1, lora_rank: 4, lr: 0.1}"],
     ids=["weights", "adapters of the last block"],
 )
 def test_workers_that_tune_together_make_the_same_counterpart(make, ray_cluster, producer):

@@ -30,7 +30,7 @@ def texts(tmp_path_factory):
 
 
 def text_tree(texts, run_uri):
-    tree = spec_tree(texts, run_uri) | {"producer": {"steps": 1}}
+    tree = spec_tree(texts, run_uri) | {"producer": {"name": "unlearn", "steps": 1}}
     return tree | {"resources": {"score": {"actors": 1}}}
 
 

@@ -22,7 +22,7 @@ from tests.small import Small, linear, work_off
 
 pytestmark = pytest.mark.slow  # whole runs of language models
 TEXTS = sentences(24)
-STEP = "producer={optimizer: adam, normalize: false, max_loss_change: 0, lora_rank: 4, steps: 1, lr: 1.0e-5}"
+STEP = "producer={name: unlearn, optimizer: adam, normalize: false, max_loss_change: 0, lora_rank: 4, steps: 1, lr: 1.0e-5}"
 
 
 @pytest.fixture(scope="module")
