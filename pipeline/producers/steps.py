@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +76,24 @@ class Steps:
             parameter.requires_grad_(True)
         return model, chosen
 
-    def take(self, model: nn.Module, parameters: list[nn.Parameter], task: Task, query: Batch, sign: int) -> int:
+    def take(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        task: Task,
+        query: Batch,
+        sign: int,
+        after_step: Callable[[int], bool] | None = None,
+    ) -> int:
         """Move the parameters along `sign` times the gradient of the query's mean loss, in place; steps taken, at least one.
+
+        Args:
+            model: Tunable copy.
+            parameters: Those of it that move.
+            task: Says what a loss is.
+            query: Rows to take steps on.
+            sign: 1 to climb, -1 to descend.
+            after_step: Called with the number of steps taken so far; whether that was the last one. Null: all steps.
 
         Raises:
             NumericsError: The loss is not finite at some step, or the gradient vanishes.
@@ -98,6 +114,8 @@ class Steps:
             if self.normalize:
                 _to_unit_length(parameters)
             optimizer.step()
+            if after_step is not None and after_step(step + 1):
+                return step + 1
         return self.steps
 
     def produced(
