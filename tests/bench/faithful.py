@@ -60,7 +60,11 @@ MISLABELLED = "finetune (mislabelled.yaml)"
 GROUP: dict[str, Sections] = {
     **DIGITS,
     "preset: paper": {"producer": {"preset": "paper"}, "rank": {}},
-    MISLABELLED: {"producer": {"name": "finetune", "steps": 100}, "task": {"temperature": 3}},
+    MISLABELLED: {
+        "producer": {"name": "finetune", "lr": 0.02, "steps": 100, "validation_fraction": 0.25},
+        "task": {"temperature": 3},
+        "rank": {"transform": "counterpart_loss"},
+    },
 }
 """Method -> sections of its spec, for a query of many clean digits."""
 EKFAC = ("kronfluence-ekfac", "kronfluence-ekfac-heuristic")
