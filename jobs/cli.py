@@ -314,10 +314,14 @@ def guarded(action: typer.Typer) -> int:
 
 def main(action: typer.Typer = app) -> NoReturn:
     """Entry point of the command, and of the jobs with a command line of their own: ends the process."""
-    code = guarded(action)
-    if code in ENDED_AT_ONCE:
-        from .stopping import end_process
+    from .stopping import Stopped, end_process, stopped_text
 
+    try:
+        code = guarded(action)
+    except Stopped as stopped:  # as the command was about to begin, or had just ended
+        sys.stderr.write(stopped_text())
+        code = int(stopped.code or 0)
+    if code in ENDED_AT_ONCE:
         end_process(code)
     sys.exit(code)
 

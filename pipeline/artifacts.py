@@ -23,6 +23,7 @@ from .folder import json_bytes, parallel, partition, table_of
 from .given import Given
 from .works import Addition, Receipt, parse_receipt, work_name
 
+CALIBRATION, CHOICE = "calibration.json", "choice.json"  # how scores are made, and what a producer's budget allows
 READ_AT_ONCE = 256
 """Commits read ahead of whoever goes through them: memory is this many, whatever the number of shards."""
 COMMIT_NAME = re.compile(r"shard-(\d+)(?:-addition-(\d+))?\.json")
@@ -94,29 +95,29 @@ class Run(Given):
 
     # --- how scores are made -----------------------------------------------------------------------------------------
 
-    def commit_calibration(self, calibration: Mapping[str, Any]) -> None:
-        """Write calibration.json; the first one stands, as long as the run does: all its shards are scored in one way."""
-        data = json_bytes({**calibration, "fingerprint": self.additions[0].fingerprint})
+    def commit_measured(self, name: str, found: Mapping[str, Any]) -> None:
+        """Write what a first start measured, CALIBRATION or CHOICE; the first one stands, as long as the run does."""
+        data = json_bytes({**found, "fingerprint": self.additions[0].fingerprint})
         if self.resolved.commits == "create":
-            storage.create_bytes(self.uri("calibration.json"), data)
-        elif self.calibration() is None:
-            self.write(data, "calibration.json")
+            storage.create_bytes(self.uri(name), data)
+        elif self.measured(name) is None:
+            self.write(data, name)
 
-    def calibration(self) -> dict[str, Any] | None:
+    def measured(self, name: str) -> dict[str, Any] | None:
         """What was committed; null if nothing was. Raises ArtifactError: it is damaged, or of another run."""
         try:
-            found = self.read_json("calibration.json")
+            found = self.read_json(name)
         except InputError:
             return None
-        self._require_own(found["fingerprint"], "calibration.json")
+        self._require_own(found["fingerprint"], name)
         return found
 
     @property
     def way(self) -> Way:
-        """How scores are made: what the spec says, else what was measured; `difference` before. Raises as `calibration`."""
+        """How scores are made: what the spec says, else what was measured; `difference` before. Raises as `measured`."""
         if self.spec.score.way != "auto":
             return self.spec.score.way
-        found = self.calibration()
+        found = self.measured(CALIBRATION)
         return cast("Way", found["way"]) if found is not None else self._way_of_commits()
 
     def _way_of_commits(self) -> Way:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from . import forecast, storage
-from .artifacts import BETWEEN_LOOKS_S, Run, counterparts_digest
+from .artifacts import BETWEEN_LOOKS_S, CALIBRATION, CHOICE, Run, counterparts_digest
 from .calibration import Way
 from .ensemble import member_name, members_of, number_of_members
 from .errors import ArtifactError, ForeignError, InputError
@@ -204,8 +204,9 @@ def check_frozen(look: Look, found: Audit) -> set[str]:
 
 def check_single(look: Look, found: Audit) -> set[str]:
     """Paths of objects that no commit names: each has a digest of its own."""
-    run, named = look.run, {"calibration.json", forecast.NAME}
-    _read_own(found, run.calibration, Finding("calibration.json", "", commit="calibration.json"))
+    run, named = look.run, {CALIBRATION, CHOICE, forecast.NAME}
+    for name in (CALIBRATION, CHOICE):
+        _read_own(found, partial(run.measured, name), Finding(name, "", commit=name))
     _read_own(found, lambda: forecast.kept(run), Finding(forecast.NAME, "", stray=True))
     for path in filter(_PAGES.fullmatch, look.stored):
         named.add(path)

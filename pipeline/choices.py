@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from .producer_choices import CustomProducer, Finetune, MaskHeads, Natural, Reference, Unlearn
+from .producer_choices import CustomProducer, Finetune, MaskHeads, Natural, Reference, Retain, Unlearn
 from .sections import Custom, Extension, Uri, is_importable
 
 
@@ -211,6 +211,7 @@ TaskSection = Annotated[
 ProducerSection = Annotated[
     Annotated[Unlearn, Tag("unlearn")]
     | Annotated[Finetune, Tag("finetune")]
+    | Annotated[Retain, Tag("retain")]
     | Annotated[Natural, Tag("natural")]
     | Annotated[Reference, Tag("reference")]
     | Annotated[MaskHeads, Tag("mask_heads")]

@@ -12,6 +12,7 @@ from .errors import InputError, SpecError
 from .formats.base import corpus_root, relative_path
 from .frozen_files import FrozenFiles, loaded_as_frozen
 from .model_folder import MODEL_FILES, TOKENIZER_FILES, digest_of, model_files
+from .observe import say
 from .plan import corpus_digest
 from .reader import Reader
 from .records import Shard, SourceFile
@@ -99,6 +100,50 @@ def files_of_model(field: str, section: Section) -> list[FrozenFiles]:
     """What a model's section names, as it is now; `field` is the section's place in its spec. Raises InputError, StorageError."""
     uris = model_uris("model", section)
     return [FrozenFiles(f"{field}.{name}", uri, MODEL_FILES, model_files(uri)) for name, uri in uris.items()]
+
+
+def without_copies(
+    spec: Spec, files: Mapping[str, dict[str, str]], found: Mapping[str, Sequence[str]]
+) -> tuple[Spec, dict[str, dict[str, str]], dict[str, list[str]]]:
+    """An ensemble without the weights of which a glob found copies, as of a last checkpoint that `model` is a copy of.
+
+    Args:
+        spec: With members that globs found.
+        files: See `input_files`.
+        found: Glob -> weights that it found.
+
+    Returns:
+        The three arguments without the copies.
+
+    Raises:
+        SpecError: A glob found nothing but copies.
+    """
+    by_glob = {uri for uris in found.values() for uri in uris}
+    uris = [member.weights_uri for member in spec.ensemble]
+    known = {_weights(files[member_digest(0)])} if spec.ensemble else set()
+    known |= {_weights(files[member_digest(p)]) for p, uri in enumerate(uris, 1) if uri not in by_glob}
+    members, copies = [], []
+    kept_files = {name: some for name, some in files.items() if not name.startswith("ensemble.")}
+    for place, (uri, member) in enumerate(zip(uris, spec.ensemble, strict=True), start=1):
+        weights = _weights(files[member_digest(place)])
+        if uri in by_glob and weights in known:
+            copies.append(uri)
+            continue
+        known.add(weights)
+        members.append(member)
+        kept_files[member_digest(len(members))] = files[member_digest(place)]
+    if copies:
+        say(f"left out of the ensemble, since they hold the weights of other members: {', '.join(copies)}")
+    kept = {glob: [uri for uri in some if uri not in copies] for glob, some in found.items()}
+    for glob, some in kept.items():
+        if not some:
+            raise SpecError(f"ensemble: {glob} matches nothing but copies of other members", "check the glob")
+    return spec.model_copy(update={"ensemble": members}), kept_files, kept
+
+
+def _weights(files: Mapping[str, str]) -> tuple[str, ...]:
+    """Digests of the files that hold tensors: the same weights may lie beside another tokenizer or config."""
+    return tuple(sorted(digest for name, digest in files.items() if not name or name.endswith(".safetensors")))
 
 
 def _require_different_members(spec: Spec, digests: Mapping[str, str]) -> None:

@@ -50,9 +50,14 @@ def needs_query(producer: Producer) -> bool:
     return bool(getattr(producer, "needs_query", True))
 
 
-def sample_rows(producer: Producer) -> int:
-    """Rows of the corpus that a producer wants to see (a SampleProducer); 0 for one that sees its query alone."""
-    return int(getattr(producer, "sample_rows", 0))
+def sees_corpus(producer: Producer) -> bool:
+    """Whether a producer wants to see rows of the corpus (a SampleProducer or CorpusProducer), else queries alone."""
+    return getattr(producer, "sample_rows", 0) != 0
+
+
+def is_joint(producer: Producer) -> bool:
+    """Whether all workers make all counterparts together (a SampleProducer), else they share out the queries."""
+    return hasattr(producer, "produce_all")
 
 
 def load_model(section: ModelSection, device: str, seed: int) -> Module:

@@ -16,15 +16,17 @@ import pyarrow as pa
 from . import storage
 from .artifacts import Run
 from .base_losses import rows_kept
+from .checkpoints import expand
 from .corpus import Corpus, payload_names, require_free_names
 from .digests import (
     MODEL_URIS,
     input_digests,
     input_files,
     with_absolute_uris,
+    without_copies,
 )
 from .errors import ArtifactError, InputError, SpecError
-from .extensions import load_loader, load_producer, load_task, needs_query, sample_rows
+from .extensions import load_loader, load_producer, load_task, needs_query, sees_corpus
 from .folder import partition
 from .formats.base import overlap
 from .frozen import (
@@ -43,7 +45,7 @@ from .queries import checked_queries, require_enough_rows
 from .reader import Reader
 from .records import RANKED, stored
 from .sections import Section
-from .spec import Resolved, Spec
+from .spec import Member, Resolved, Spec
 from .specfile import changed_fields
 from .topk import require_fitting
 from .versions import versions, warn_of_changes
@@ -118,6 +120,7 @@ def _survey(spec: Spec) -> Run:
         columns = task.columns()
     _require_fitting_producer(spec)
     load_loader(spec.model)
+    members, found = expand(spec, {})
     corpus = Corpus(spec.corpus)
     measured = corpus.measure(corpus.survey_files(), columns)
     if spec.queries is None:
@@ -128,11 +131,18 @@ def _survey(spec: Spec) -> Run:
     query_ids = query_ids_of(queries)
     rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)
-    resolved = _resolve(spec, corpus, rows_each)
-    files = input_files(resolved)
+    resolved = _resolve(spec, corpus, rows_each, members)
+    resolved, files, found = without_copies(resolved, input_files(resolved), found)
     digests = input_digests(resolved, shards, files)
     _require_same_inputs(spec, digests)
-    frozen = Resolved(fingerprint=fingerprint(resolved, digests), digests=digests, files=files, versions=versions())
+    frozen = Resolved(
+        fingerprint=fingerprint(resolved, digests),
+        digests=digests,
+        files=files,
+        found=found,
+        chosen=spec.resolved.chosen if spec.resolved else {},
+        versions=versions(),
+    )
     resolved = resolved.model_copy(update={"resolved": frozen})
     first = Addition(0, frozen.fingerprint, 0, len(shards), query_ids)
     return Run(resolved, Manifest.of(shards), tuple(columns), queries, (first,))
@@ -153,10 +163,10 @@ def _require_fitting_producer(spec: Spec) -> None:
     needed, name = needs_query(load_producer(spec.producer)), spec.producer.implementation
     if needed and spec.queries is None:
         raise SpecError(f"queries: missing; producer {name} tunes on them", "name a file of rows to ask about")
-    if sample_rows(load_producer(spec.producer)) and spec.resources.tune.shard:
+    if sees_corpus(load_producer(spec.producer)) and spec.resources.tune.shard:
         raise SpecError(
-            f"resources.tune.shard: producer {name} shares out its sample, not the model",
-            "leave shard out; workers solve together anyway",
+            f"resources.tune.shard: producer {name} sees a sample of the corpus, and every worker must hold the whole model",
+            "leave shard out; workers share out the sample or the queries anyway",
         )
     if not needed and spec.queries is not None:
         raise SpecError(f"queries: producer {name} tunes on none: it makes one counterpart", "leave the section out")
@@ -174,7 +184,7 @@ def query_ids_of(queries: pa.Table) -> tuple[str, ...]:
     return query_ids
 
 
-def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
+def _resolve(spec: Spec, corpus: Corpus, rows_each: int, members: list[Member]) -> Spec:
     """The spec with nothing left to find out: absolute URIs, formats, classes, shard size."""
     kept = spec.score.base_losses
     update: dict[str, Section] = {
@@ -190,9 +200,6 @@ def _resolve(spec: Spec, corpus: Corpus, rows_each: int) -> Spec:
         update["queries"] = queries.model_copy(update=found)
     for section in MODEL_URIS:
         update[section] = with_absolute_uris(section, getattr(spec, section))
-    members = [
-        member.model_copy(update={"weights_uri": storage.absolute(member.weights_uri)}) for member in spec.ensemble
-    ]
     return spec.model_copy(update={**update, "ensemble": members})
 
 
@@ -217,7 +224,8 @@ def _reopen(spec: Spec) -> Run:
     corpus = Corpus(spec.corpus.model_copy(update={"classes": classes}))
     rows_each = spec.score.shard_rows or run.spec.score.shard_rows
     assert rows_each is not None
-    wanted = _resolve(spec, corpus, rows_each)
+    members, _ = expand(spec, run.resolved.found)
+    wanted = _resolve(spec, corpus, rows_each, members)
     digests = input_digests(wanted, run.shards[: run.additions[0].stop_shard], input_files(wanted))
     changes = changed_fields(identity(run.spec), identity(wanted))
     changes += [

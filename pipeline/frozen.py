@@ -13,8 +13,8 @@ import pyarrow as pa
 import yaml
 
 from . import storage
-from .artifacts import Run
-from .ensemble import FOLDER, ensemble_of, member_name, number_of_members
+from .artifacts import CHOICE, Run
+from .ensemble import FOLDER, ensemble_of, member_name, members_of, number_of_members
 from .errors import ArtifactError, InputError, SpecError
 from .folder import SPEC_COMMENT, digest_line_problem, json_bytes, parallel, parquet_bytes, with_digest_line
 from .observe import say
@@ -98,6 +98,20 @@ def create_run(run: Run) -> Run | None:
 def save_spec(run: Run) -> None:
     """Write run.yaml: the resolved spec, itself a valid spec, with its digest in a comment at the end."""
     run.write(_spec_bytes(run), "run.yaml")
+
+
+def with_choices(run: Run) -> Run:
+    """The run with what stage tune chose in its run.yaml, so that this does the same on any machine."""
+    members = {member_name(place): member for place, member in enumerate(members_of(run))}
+    measured = {name: each.measured(CHOICE) for name, each in (members or {"": run}).items()}
+    chosen = run.resolved.chosen | {name: found["fields"] for name, found in measured.items() if found}
+    if chosen == run.resolved.chosen:
+        return run
+    run = replace(
+        run, spec=run.spec.model_copy(update={"resolved": run.resolved.model_copy(update={"chosen": chosen})})
+    )
+    save_spec(run)
+    return run
 
 
 def _spec_bytes(run: Run) -> bytes:

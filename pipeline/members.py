@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from . import storage
 from .artifacts import Run
 from .digests import addition_digests, member_digest
-from .ensemble import Ensemble, ensemble_of, member_spec, number_of_members
+from .ensemble import Ensemble, ensemble_of, member_name, member_spec, number_of_members
 from .errors import ArtifactError, PipelineError
 from .frozen import create_addition, create_run, is_begun, is_run, open_alone, save_spec
 from .plan import added_fingerprint, fingerprint
@@ -80,7 +80,8 @@ def _resolved(run: Ensemble, place: int) -> Spec:
     spec = member_spec(run.spec, place)
     digests, files = _of_member(run.resolved.digests, place), _of_member(run.resolved.files, place)
     mark, versions = fingerprint(spec, digests), run.resolved.versions
-    resolved = Resolved(fingerprint=mark, digests=digests, files=files, versions=versions)
+    chosen = {"": of_it} if (of_it := run.resolved.chosen.get(member_name(place))) else {}
+    resolved = Resolved(fingerprint=mark, digests=digests, files=files, chosen=chosen, versions=versions)
     return spec.model_copy(update={"resolved": resolved})
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from . import memory, noise
-from .artifacts import Run
+from .artifacts import CALIBRATION, Run
 from .batches import Batch
 from .calibration import LOOKED_AT, MANY, Calibration, Way, calibrate
 from .corpus import Corpus, Examples
@@ -103,7 +103,7 @@ def _device(unit: str) -> str:
 
 def _given_way(run: Run) -> Way | None:
     """How scores are made, if the spec says it or the run has begun; null if that is to be found out."""
-    return run.way if run.spec.score.way != "auto" or run.calibration() or run.committed() else None
+    return run.way if run.spec.score.way != "auto" or run.measured(CALIBRATION) or run.committed() else None
 
 
 def _beside(run: Run, folder: str) -> Run:

@@ -14,7 +14,7 @@ from .ensemble import Ensemble, members_of
 from .errors import QuarantineError
 from .extend import extend
 from .freeze import freeze
-from .frozen import open_run, save_spec
+from .frozen import open_run, save_spec, with_choices
 from .members import errors_name_it, gathered
 from .observe import say
 from .rank import rank_with_meta
@@ -49,6 +49,7 @@ def carry_on(run: Run) -> Run:
     with connected(run.spec.resources) if _needs_ray(run) else nullcontext():
         _each_member(run, tune, score, finish)
         tune(run)
+        run = with_choices(run)
         score(run)
     finish(run)
     return run
@@ -66,6 +67,7 @@ def run_stage(spec: Spec, stage: Stage) -> Run:
         if stage == "tune":
             _each_member(run, tune)
             tune(run)
+            run = with_choices(run)
         else:
             _each_member(run, score, finish)
             score(run)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .artifacts import Run, counterparts_digest
+from .artifacts import CALIBRATION, Run, counterparts_digest
 from .attempts import LOOK_S, Stalls, Worker, start_attempts
 from .calibration import MANY, Calibration
 from .cluster import Watchdog, actors_of, on_cluster
@@ -64,7 +64,7 @@ def _calibrate(run: Run) -> None:
     """Choose the way of scoring, once for the run, in a worker like those that will score."""
     if run.spec.score.way != "auto" or len(run.query_ids) < MANY or isinstance(run, Ensemble):
         return
-    if run.committed() or run.calibration() is not None:
+    if run.committed() or run.measured(CALIBRATION) is not None:
         return
     said = on_cluster("score", lambda: _calibrated_by_worker(run))
     for notice in said["notices"]:
@@ -73,7 +73,7 @@ def _calibrate(run: Run) -> None:
         raise pickle.loads(said["error"])
     found: Calibration | None = said["found"]
     if found is not None:
-        run.commit_calibration(found.to_json())
+        run.commit_measured(CALIBRATION, found.to_json())
         say(f"score by {found.way}: {found.why}")
         if run.spec.score.compile and found.way != "difference":
             say(f"score.compile: has no effect on way {found.way}, which runs the model as it is")

@@ -37,9 +37,13 @@ class Member(Section):
     """A further model of an ensemble: of the kind of `model`, with weights of its own."""
 
     weights_uri: Uri
-    """As `model.weights_uri`: another training of the same model, or another checkpoint of it. All else is `model`'s."""
+    """As `model.weights_uri`: another training of the same model, or another checkpoint of it. All else is `model`'s. A glob,
+    such as checkpoints/step-*.safetensors (or checkpoint-*, where the model is a folder), is a member for each model that it
+    matches when the run is frozen, in natural order; weights that are members already are left out. Later checkpoints change
+    nothing. A path that exists is that path, whatever characters are in it."""
     weight: _Positive = 1.0
-    """Its part in the mean, where that of `model` is 1. Scores of a producer that chooses its step are divided by it first."""
+    """Its part in the mean (of a glob, that of each of its models), where that of `model` is 1. Scores of a producer that chooses
+    its step are divided by it first."""
 
     @model_validator(mode="before")
     @classmethod
@@ -194,6 +198,11 @@ class Resolved(Section):
     files: dict[str, dict[str, str]] = {}
     """sha256 of each file behind the digest of a model, a tokenizer or an adapter; of a single file, with an empty name. Whatever
     loads one compares it."""
+    found: dict[str, list[str]] = {}
+    """Glob in `ensemble` -> the weights that it found when the run was frozen; later starts take these."""
+    chosen: dict[str, dict[str, Any]] = {}
+    """What the first start of stage tune chose by `producer.budget_s`: fields of the producer; of an ensemble, by its members'
+    folders. A spec that has them chooses nothing, however fast its machine is."""
     tables: dict[str, str] = {}
     """sha256 of `manifest.parquet` and `queries.parquet`, as they were frozen."""
     commits: Literal["create", "put"] = "put"
@@ -219,7 +228,7 @@ class Spec(Section):
     queries: QueriesSection | None = None
     """What is asked about. Null with producers that tune on nothing (reference, mask_heads): they have one counterpart."""
     producer: ProducerSection = Unlearn()
-    """How a counterpart is made from the base model and a query. Left out: `natural` for classification and
+    """How a counterpart is made from the base model and a query. Without a name: `natural` for classification and
     language models, else `unlearn`."""
     score: ScoreSection = ScoreSection()
     """How the corpus is cut up and run through the models."""
@@ -243,7 +252,7 @@ class Spec(Section):
             return _judged_best_for_texts(data)
         if task.get("name", "classification") != "classification":
             return data
-        producer = data.get("producer") or {"name": "natural"}
+        producer = _named(data.get("producer"))
         released = isinstance(producer, Mapping) and producer.get("preset") == "paper"
         if task.get("temperature") is None:
             task = {**task, "temperature": RELEASED_TEMPERATURE if released else TEMPERATURE}
@@ -269,9 +278,16 @@ class Spec(Section):
         return self
 
 
+def _named(producer: Any) -> Any:
+    """The producer's section with a name: `natural`, but for the preset, which is one of `unlearn`."""
+    if producer is not None and not isinstance(producer, Mapping):
+        return producer
+    return {"name": "unlearn" if "preset" in (producer or {}) else "natural", **(producer or {})}
+
+
 def _judged_best_for_texts(data: Mapping[str, Any]) -> dict[str, Any]:
     """`natural` by factored curvature and derivatives, as far as nothing else is given."""
-    producer, score = data.get("producer") or {"name": "natural"}, data.get("score") or {}
+    producer, score = _named(data.get("producer")), data.get("score") or {}
     if not isinstance(producer, Mapping) or producer.get("name") != "natural" or not isinstance(score, Mapping):
         return dict(data)
     given = producer.keys() & {"curvature", "damping", "damping_share"}

@@ -15,7 +15,7 @@ from . import phases
 from .artifacts import Run
 from .cluster import Watchdog, on_cluster, require, tuning_cpus
 from .errors import PipelineError
-from .extensions import load_producer, sample_rows
+from .extensions import is_joint, load_producer
 from .frozen import open_run
 from .observe import Progress, every, say, unsent
 from .storage import data_filesystem, remove_folder
@@ -56,7 +56,7 @@ def tune(run: Run) -> None:
 def _tune(run: Run, pending: list[str], scratch: str) -> list[PipelineError]:
     """Make the counterparts, with progress; what could not be made."""
     resources = run.spec.resources.tune
-    together = resources.shard or sample_rows(load_producer(run.spec.producer))
+    together = resources.shard or is_joint(load_producer(run.spec.producer))
     workers = resources.workers if together else min(resources.workers, len(pending))
     cpus = tuning_cpus(resources)
     require(workers, cpus, resources.gpus, "resources.tune")

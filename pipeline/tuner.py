@@ -7,17 +7,19 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from .artifacts import Run
+from .artifacts import CHOICE, Run
 from .batches import own_copy
 from .decode import decode
 from .digests import as_frozen
 from .errors import ContractError, NumericsError, PipelineError
-from .extensions import load_model, load_producer, load_task, prepared, sample_rows
+from .extensions import is_joint, load_model, load_producer, load_task, prepared, sees_corpus
 from .importing import user_code
+from .observe import say
 from .queries import query_inputs
 from .sample import draw_sample
 
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 
     from .batches import Inputs
     from .model_check import ModelCheck
-    from .producers.base import Fitted, Produced, Producer, SampleProducer, Setting
+    from .producers.base import CorpusProducer, Fitted, Produced, Producer, SampleProducer, Setting
     from .tasks.base import Batch, Task
 
+MEASURED_ROWS = 64
+"""Rows of the corpus on which a producer measures what it may choose."""
 CHECKED_QUERY_ROWS = 8
 """Rows of queries, at most, on which the model is looked at."""
 SHARE_OF_TOKENS = 4
@@ -57,7 +61,8 @@ class Tuner:
             self._base: nn.Module = load_model(run.spec.model, "cpu" if self._shared else device, run.spec.seed)
         self._queries = query_inputs(run.queries, run.columns, self._task) if run.spec.queries else {}
         self._device = device
-        self._sample_rows = sample_rows(self._producer)
+        self._sees_corpus, self._is_joint = sees_corpus(self._producer), is_joint(self._producer)
+        self._prepared: Any = None
         self._check = self._checked()
         self._base_versions = _tensor_versions(self._base)
 
@@ -89,7 +94,7 @@ class Tuner:
     @property
     def is_together(self) -> bool:
         """Whether all workers make every counterpart together."""
-        return self._shared or bool(self._sample_rows)
+        return self._shared or self._is_joint
 
     def tune_all(self, query_ids: Sequence[str]) -> list[PipelineError]:
         """Make and commit counterparts; what stood in the way of single ones, so that one bad query does not stop the others.
@@ -97,11 +102,12 @@ class Tuner:
         Raises:
             PipelineError: What may pass at another try.
         """
-        if self._sample_rows:
-            try:
+        try:
+            if self._is_joint:
                 return self._tune_with_sample(query_ids)
-            except PipelineError as error:
-                return unless_retryable(error)
+            self._prepare()  # here, so that what fails fails once, not for every query
+        except PipelineError as error:
+            return unless_retryable(error)
         failures = []
         for query_id in query_ids:
             try:
@@ -119,10 +125,11 @@ class Tuner:
         """
         import torch
 
-        if self._sample_rows:
+        if self._is_joint:
             for failure in self._tune_with_sample([query_id]):
                 raise failure
             return
+        self._prepare()
         started_s = time.monotonic()
         query = self._batch(query_id)
         seed = query_seed(self._run.spec.seed, query_id)
@@ -148,8 +155,9 @@ class Tuner:
         seed = query_seed(self._run.spec.seed, "")
         started_s = time.monotonic()
         with as_frozen(self._run), self._about(f"{len(queries)} queries"), torch.random.fork_rng():
+            producer = self._chosen(producer, seed)
             torch.manual_seed(seed)
-            setting = self._setting(seed)
+            setting = self._setting(seed, producer.sample_rows or 0)
             copies = {query_id: own_copy(query) for query_id, query in queries.items()}
             for query_id, produced in producer.produce_all(setting, copies, self._fitted(producer, setting)):
                 if is_first and isinstance(produced, Produced):
@@ -214,7 +222,31 @@ class Tuner:
         """Around what model, task and producer do with a query."""
         return user_code(f"query {query_id!r}: {self._run.spec.producer.implementation}")
 
-    def _setting(self, seed: int) -> Setting:
+    def _chosen(self, producer: SampleProducer, seed: int) -> SampleProducer:
+        """The producer with what its spec leaves open: chosen by the first start, for later ones and for replays."""
+        import torch.distributed as dist
+
+        from .producers.base import Ahead
+
+        if not getattr(producer, "is_open", False):
+            return producer
+        run, several = self._run, dist.is_initialized() and dist.get_world_size() > 1
+        found = [run.resolved.chosen.get("") or (run.measured(CHOICE) or {}).get("fields")]
+        if several:  # all see what the first one sees
+            dist.broadcast_object_list(found)
+        if found[0] is None:
+            ahead = Ahead(len(run.query_ids), run.rows, run.spec.resources.score.actors or 1)
+            choice = cast(Any, producer).choose(self._setting(seed, MEASURED_ROWS), ahead)
+            if not several or dist.get_rank() == 0:
+                run.commit_measured(CHOICE, {"fields": dict(choice.fields), "why": choice.line})
+                found = [(run.measured(CHOICE) or {}).get("fields")]
+                if choice.line:
+                    say(choice.line)
+            if several:
+                dist.broadcast_object_list(found)
+        return cast("SampleProducer", replace(cast(Any, producer), **(found[0] or {})))
+
+    def _setting(self, seed: int, rows: int) -> Setting:
         """The sample as the producer sees it."""
         import torch.distributed as dist
 
@@ -222,11 +254,25 @@ class Tuner:
         from .producers.base import Setting
 
         rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        drawn = draw_sample(self._run, self._task, self._sample_rows)
+        drawn = draw_sample(self._run, self._task, rows)
         probe, rest = (self._batches(part) for part in drawn)
         numbers = range(len(probe) + len(rest))[rank::workers]
         sample = Sample([*probe, *rest][rank::workers], sum(part.items for part in drawn), numbers)
         return Setting(self._base, self._task, probe, sample, seed, self._run.spec.score.way in ("gradient", "jvp"))
+
+    def _prepare(self) -> None:
+        """Show a CorpusProducer the whole sample, the same at every worker, before its first query. Raises as its `prepare`."""
+        import torch
+
+        if self._is_joint or not self._sees_corpus or self._prepared is not None:
+            return
+        producer, seed = cast("CorpusProducer", self._producer), query_seed(self._run.spec.seed, "")
+        about = f"{self._run.spec.producer.implementation}, on a sample of the corpus"
+        with as_frozen(self._run), user_code(about), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            drawn = draw_sample(self._run, self._task, producer.sample_rows)
+            sample = [batch for part in drawn for batch in self._batches(part)]
+            self._prepared = producer.prepare(self._base, self._task, sample, seed)
 
     def _batches(self, inputs: Inputs) -> list[Batch]:
         """All of some rows, as the curvature takes them."""
@@ -263,6 +309,9 @@ class Tuner:
         """The producer's counterpart; null at workers that only helped with one that all make together."""
         from .producers import sharding
 
+        if self._sees_corpus:
+            producer = cast("CorpusProducer", self._producer)
+            return producer.produce(self._base, self._task, query, seed, self._prepared)
         if not self._shared:
             return self._producer.produce(self._base, self._task, query, seed)
         there = {name: value.to(self._device) for name, value in query.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from ..blocks import tunable
 from ..errors import NumericsError
 from ..observe import say
 from ..tasks.base import Batch, Task
+from .cost import Cost, timed
+
+_Value = TypeVar("_Value")
 
 
 class Parameters:
@@ -111,6 +114,14 @@ class Sample:
         """Whether there are other workers."""
         return dist.is_initialized() and dist.get_world_size() > 1
 
+    def of_first(self, value: _Value) -> _Value:
+        """Something that workers found out each by themselves, as the first one has it."""
+        if not self.is_split:
+            return value
+        found = [value]
+        dist.broadcast_object_list(found)
+        return found[0]
+
     def first(self, device: torch.device) -> Sample:
         """The batch of the smallest number alone, at the worker that has it.
 
@@ -171,6 +182,10 @@ class Curvature(Protocol):
         """Make ready to solve, with what `fit` gave."""
         ...
 
+    def cost(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int) -> Cost:
+        """What fitting it and solving by it cost, by what they take for a few rows. All workers must call it together."""
+        ...
+
     def solve(self, slope_QP: Tensor, dampings: Sequence[float]) -> list[Tensor]:
         """(G + damping I)^-1 times every gradient, [Q, P], for each damping. All workers must call it with the same.
 
@@ -179,6 +194,13 @@ class Curvature(Protocol):
             dampings: Added to the diagonal, above 0: in nats, or as shares (`units`).
         """
         ...
+
+
+def fit_cost(
+    curvature: Curvature, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int
+) -> Cost:
+    """The cost of a curvature that takes a few passes through the sample, and next to nothing for a query."""
+    return Cost(row_s=timed(lambda: curvature.fit(model, task, parameters, sample, seed))[1] / sample.rows)
 
 
 def say_first(text: str) -> None:

@@ -5,14 +5,15 @@ Shapes: Q vectors, P numbers of the chosen parameters.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..numerics import to_loss_dtype
-from ..tasks.base import Batch, Task
-from .base import Parameters, Sample, units
+from ..tasks.base import Task
+from .base import Parameters, Sample, fit_cost, units
+from .cost import Cost
 from .fisher import with_drawn_labels
 from .per_example import PerExample
 
@@ -30,6 +31,10 @@ class Diagonal:
         """See Curvature: a tensor of each parameter's shape, under its name."""
         drawn = with_drawn_labels(model, task, sample, seed, parameters.device)
         return mean_squares(PerExample(model, task, parameters, drawn), parameters, drawn, parameters.names)
+
+    def cost(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int) -> Cost:
+        """See Curvature."""
+        return fit_cost(self, model, task, parameters, sample, seed)
 
     def load(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]
@@ -53,11 +58,15 @@ def mean_squares(
     """Mean over a sample of the squares of per-example gradients: name -> [*shape], float32 or better."""
     like = {name: parameters.tensors[name].detach() for name in parameters.names if name in names}
 
-    def squares(batch: Batch) -> dict[str, Tensor]:
-        total = {name: torch.zeros_like(to_loss_dtype(each)) for name, each in like.items()}
-        for name, gradient in per_example.gradients(batch, names):
-            total[name] += (gradient**2).sum(dim=0)
-        return total
-
-    sums = sample.sums(squares, like, "curvature: diagonals, batch")
+    sums = sample.sums(
+        lambda batch: sums_of_squares(per_example.gradients(batch, names), like), like, "curvature: diagonals, batch"
+    )
     return {name: (each / sample.rows).to(to_loss_dtype(like[name]).dtype) for name, each in sums.items()}
+
+
+def sums_of_squares(gradients: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over rows of the squares of gradients [b, *shape]: name -> [*shape], float32 or better."""
+    total = {name: torch.zeros_like(to_loss_dtype(each)) for name, each in like.items()}
+    for name, gradient in gradients:
+        total[name] += (gradient**2).sum(dim=0)
+    return total

@@ -10,10 +10,9 @@ Shapes: Q vectors, P numbers of the chosen parameters, B rows of a batch, T posi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..blocks import repeated
@@ -21,7 +20,9 @@ from ..layers import Layer, layers_in
 from ..numerics import to_loss_dtype
 from ..tasks.base import Batch, Task
 from .base import Parameters, Sample, say_first, units
-from .diagonal import mean_squares
+from .cost import Cost, eigenvectors_s, multiply_s, timed
+from .diagonal import sums_of_squares
+from .eigenvectors import eigenvectors
 from .fisher import with_drawn_labels
 from .per_example import PerExample, Seen
 
@@ -62,21 +63,27 @@ class EKFAC:
         """
         drawn = with_drawn_labels(model, task, sample, seed, parameters.device)
         per_example = PerExample(model, task, parameters, drawn)
-        sides = {name: _sides(layer, parameters) for name, layer in per_example.layers.items()}
-        inside = repeated(model) if hasattr(task, "token_ids_BT") else sides.keys()
-        layers = {
-            name: layer
-            for name, layer in per_example.layers.items()
-            if max(sides[name]) <= LARGEST_SIDE and name in inside
-        }
-        kept = {name for layer in layers.values() for name in layer.names}
-        others = [name for name in parameters.names if name not in kept]
+        sides, others = _shared_out(model, task, parameters, per_example)
         if others:
-            say_first(_what_is_factored(parameters, others, len(layers)))
-        tensors = _bases(per_example, drawn, {name: sides[name] for name in layers}, parameters)
-        tensors |= _eigenvalues(per_example, drawn, {name: sides[name] for name in layers}, parameters, tensors)
-        diagonal = mean_squares(per_example, parameters, drawn, others) if others else {}
-        return tensors | {f"{name}/{_DIAGONAL}": each for name, each in diagonal.items()}
+            say_first(_what_is_factored(parameters, others, len(sides)))
+        tensors = _bases_and_diagonal(per_example, drawn, sides, others, parameters)
+        return tensors | _eigenvalues(per_example, drawn, sides, parameters, tensors)
+
+    def cost(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int) -> Cost:
+        """See Curvature. The second pass is taken to last as long as the first."""
+        drawn, draw_s = timed(lambda: with_drawn_labels(model, task, sample, seed, parameters.device))
+        per_example, check_s = timed(lambda: PerExample(model, task, parameters, drawn))
+        sides, others = _shared_out(model, task, parameters, per_example)
+        _, pass_s = timed(lambda: _sums(per_example, drawn, sides, others, parameters))
+        device, dtype = parameters.device, to_loss_dtype(next(iter(parameters.tensors.values()))).dtype
+        at_once = torch.get_num_threads() if device.type == "cpu" else 1
+        solve = sum(2 * outputs * inputs * (outputs + inputs) for outputs, inputs in sides.values())
+        return Cost(
+            once_s=check_s
+            + eigenvectors_s(device, dtype) * sum(n**3 for side in sides.values() for n in side) / at_once,
+            row_s=(draw_s + 2 * pass_s) / sample.rows,
+            query_s=pass_s / sample.rows + multiply_s(device, dtype) * solve,
+        )
 
     def load(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]
@@ -132,39 +139,67 @@ def _sides(layer: Layer, parameters: Parameters) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _bases(
-    per_example: PerExample, sample: Sample, sides: Mapping[str, tuple[int, int]], parameters: Parameters
+def _shared_out(
+    model: nn.Module, task: Task, parameters: Parameters, per_example: PerExample
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Sides of the layers that are factored, by the names of their weights; parameters that are not."""
+    sides = {name: _sides(layer, parameters) for name, layer in per_example.layers.items()}
+    inside = repeated(model) if hasattr(task, "token_ids_BT") else sides.keys()
+    sides = {name: each for name, each in sides.items() if max(each) <= LARGEST_SIDE and name in inside}
+    kept = {name for weight in sides for name in per_example.layers[weight].names}
+    return sides, [name for name in parameters.names if name not in kept]
+
+
+def _bases_and_diagonal(
+    per_example: PerExample,
+    sample: Sample,
+    sides: Mapping[str, tuple[int, int]],
+    others: Collection[str],
+    parameters: Parameters,
 ) -> dict[str, Tensor]:
-    """Eigenvectors of the covariances of every layer's inputs and output gradients.
+    """Eigenvectors of the covariances of every layer's inputs and output gradients, and the diagonal of other parameters."""
+    sums = _sums(per_example, sample, sides, others, parameters)
+    found, covariances = dict[str, Tensor](), dict[str, Tensor]()
+    for name, each in sums.items():
+        slot = parameters.tensors[name.rsplit("/", 1)[0]]
+        if name.endswith(_DIAGONAL):
+            found[name] = (each / sample.rows).to(to_loss_dtype(slot).dtype)
+        else:
+            covariances[name] = each.to(to_loss_dtype(slot).dtype)
+    return found | eigenvectors(covariances, sample)
+
+
+def _sums(
+    per_example: PerExample,
+    sample: Sample,
+    sides: Mapping[str, tuple[int, int]],
+    others: Collection[str],
+    parameters: Parameters,
+) -> dict[str, Tensor]:
+    """Sums over the sample: of products of layers' inputs, of their output gradients, and of squares of others' gradients.
 
     Positions at which a loss does not depend on the output (padding, what a pooling passed over) are left out: they have no part
     in any gradient.
     """
-    like = {}
+    slots = {name: tensor.detach() for name, tensor in parameters.tensors.items()}
+    like: dict[str, Tensor] = {}
     for name, (outputs, inputs) in sides.items():
-        slot = parameters.tensors[name].detach()
-        like[f"{name}/{_INPUTS}"] = slot.new_zeros(()).expand(inputs, inputs)
-        like[f"{name}/{_OUTPUTS}"] = slot.new_zeros(()).expand(outputs, outputs)
+        like[f"{name}/{_INPUTS}"] = slots[name].new_zeros(()).expand(inputs, inputs)
+        like[f"{name}/{_OUTPUTS}"] = slots[name].new_zeros(()).expand(outputs, outputs)
+    diagonal = {name: slots[name] for name in others}
 
-    def covariances(batch: Batch) -> dict[str, Tensor]:
+    def covariances_and_squares(batch: Batch) -> dict[str, Tensor]:
         found = {}
-        for seen in per_example.seen(batch, sides) if sides else ():
+        every_seen, gradients = per_example.both(batch, sides, others)
+        for seen in every_seen:
             slope_NO, input_NI = seen.slope_BTO.flatten(0, 1), seen.input_BTI.flatten(0, 1)
             there_N = (slope_NO != 0).any(dim=1)
             found[f"{seen.layer.weight}/{_INPUTS}"] = input_NI[there_N].mT @ input_NI[there_N]
             found[f"{seen.layer.weight}/{_OUTPUTS}"] = slope_NO.mT @ slope_NO
-        return found
+        return found | {f"{name}/{_DIAGONAL}": each for name, each in sums_of_squares(gradients, diagonal).items()}
 
-    sums = sample.sums(covariances, like, "curvature: bases (pass 1 of 3), batch")
-    return {name: _eigenvectors(sums[name], sample).to(to_loss_dtype(each).dtype) for name, each in like.items()}
-
-
-def _eigenvectors(matrix: Tensor, sample: Sample) -> Tensor:
-    """In columns; those of the first worker, since several may be right and all must turn the same way."""
-    vectors = torch.linalg.eigh(matrix).eigenvectors.contiguous()
-    if sample.is_split:
-        dist.broadcast(vectors, 0)
-    return vectors
+    like |= {f"{name}/{_DIAGONAL}": each for name, each in diagonal.items()}
+    return sample.sums(covariances_and_squares, like, "curvature: bases (pass 1 of 2), batch")
 
 
 def _eigenvalues(
@@ -187,7 +222,7 @@ def _eigenvalues(
             found[name] = turned.sum_of_squares()
         return found
 
-    sums = sample.sums(squares, like, "curvature: eigenvalues (pass 2 of 3), batch")
+    sums = sample.sums(squares, like, "curvature: eigenvalues (pass 2 of 2), batch")
     return {
         f"{name}/{_VALUES}": (total / sample.rows).to(to_loss_dtype(like[name]).dtype) for name, total in sums.items()
     }

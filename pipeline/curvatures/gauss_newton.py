@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import phases
+from ..numerics import to_loss_dtype
 from ..tasks.base import Task
 from .base import Parameters, Sample
-from .kernel import Kernel, TooLargeError
+from .cost import Cost, multiply_s, timed
+from .kernel import Kernel, TooLargeError, most_rows
 from .linearised import Linearised
+
+DAMPINGS = 6
+"""About so many are tried to find one."""
 
 
 class GaussNewton:
@@ -53,6 +58,26 @@ class GaussNewton:
             self.kernel = Kernel(model, task, parameters, sample, self._some)
         except TooLargeError:
             self.kernel = None
+
+    def cost(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int) -> Cost:
+        """See Curvature: of inverting it directly, where that is possible for a few rows, else of conjugate gradients."""
+        device, dtype = parameters.device, to_loss_dtype(next(iter(parameters.tensors.values()))).dtype
+        try:
+            kernel, kernel_s = timed(lambda: Kernel(model, task, parameters, sample))
+        except TooLargeError:
+            vector_1P = torch.ones(1, parameters.size, device=device, dtype=dtype)
+            _, product_s = timed(lambda: product(model, task, parameters, sample, vector_1P))
+            solve_s = self._iterations * product_s / sample.rows
+            return Cost(row_s=DAMPINGS * solve_s, query_row_s=solve_s)
+        each = kernel.rows / kernel.of
+        factoring_s = (1 + DAMPINGS) * multiply_s(device, torch.float64) / 3
+        return Cost(
+            row_s=kernel_s / sample.rows,
+            square_s=each**2 * parameters.size * multiply_s(device, dtype) / 2,
+            cube_s=each**3 * factoring_s,
+            query_row_s=2 * each * parameters.size * multiply_s(device, dtype),
+            room=int(most_rows(parameters.size) / each),
+        )
 
     def solve(self, slope_QP: Tensor, dampings: Sequence[float]) -> list[Tensor]:
         """See Curvature."""

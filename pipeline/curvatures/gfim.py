@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..errors import NumericsError
 from ..numerics import to_loss_dtype
 from ..tasks.base import Batch, Task
-from .base import Parameters, Sample, units
+from .base import Parameters, Sample, fit_cost, units
+from .cost import Cost
 from .diagonal import mean_squares
 from .fisher import with_drawn_labels
 from .per_example import PerExample
@@ -76,6 +77,10 @@ class GFIM:
         }
         others = [name for name in parameters.names if name not in slots]
         return matrices | (mean_squares(per_example, parameters, drawn, others) if others else {})
+
+    def cost(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int) -> Cost:
+        """See Curvature."""
+        return fit_cost(self, model, task, parameters, sample, seed)
 
     def load(
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, tensors: Mapping[str, Tensor]

@@ -267,9 +267,14 @@ def _bends(model: nn.Module, task: Task, parameters: Parameters, batch: Batch) -
     return pieces
 
 
+def most_rows(size: int) -> int:
+    """Rows of S that there is room for, where each has so many numbers."""
+    return min(MOST_ROWS, MOST_BYTES // (4 * size), int(math.sqrt(MOST_PRODUCTS / size)))
+
+
 def _with_room(parts: Sequence[Part], size: int, some: bool) -> list[Part]:
     """All parts, or the first of them that there is room for. Raises TooLargeError."""
-    most = min(MOST_ROWS, MOST_BYTES // (4 * size), int(math.sqrt(MOST_PRODUCTS / size)))
+    most = most_rows(size)
     fitting = [part for part in parts if part.place.stop <= most]
     if not fitting or (len(fitting) < len(parts) and not (some and sum(part.of for part in fitting) >= ENOUGH_ROWS)):
         raise TooLargeError(f"{parts[-1].place.stop if parts else 0} rows of {size} numbers")

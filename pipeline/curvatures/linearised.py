@@ -75,6 +75,23 @@ def _moves(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
+def loss_of_outputs(stand_in: StandIn, task: Task, batch: Batch) -> tuple[list[Tensor], Tensor]:
+    """What the model returned on a batch as leaves of a new graph, and the losses [B] as a function of these alone.
+
+    Raises:
+        ContractError: The task does not call the model, or nothing that it returns depends on the parameters.
+    """
+    task.loss_B(stand_in, own_copy(batch))  # type: ignore[arg-type]
+    if not stand_in.outputs:
+        raise ContractError(
+            f"{type(task).__name__}: no output of {type(stand_in.stands_for).__name__} that depends on the parameters was seen",
+            "the task must call its model as model(...), and not under no_grad",
+        )
+    points = [output.detach().requires_grad_() for output in stand_in.outputs]
+    with stand_in.giving(points):
+        return points, task.loss_B(stand_in, own_copy(batch))  # type: ignore[arg-type]
+
+
 class Linearised:
     """A model and its loss around the base, on one batch.
 
@@ -94,16 +111,8 @@ class Linearised:
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.tensors.items()}
             self._leaves = list(leaves.values())
             stand_in = StandIn(model, leaves)
-            task.loss_B(stand_in, own_copy(batch))  # type: ignore[arg-type]
+            self._points, self.loss_B = loss_of_outputs(stand_in, task, batch)
             self.outputs = stand_in.outputs
-            if not self.outputs:
-                raise ContractError(
-                    f"{type(task).__name__}: no output of {type(model).__name__} that depends on the parameters was seen",
-                    "the task must call its model as model(...), and not under no_grad",
-                )
-            self._points = [output.detach().requires_grad_() for output in self.outputs]
-            with stand_in.giving(self._points):
-                self.loss_B = task.loss_B(stand_in, own_copy(batch))  # type: ignore[arg-type]
             self._slopes = torch.autograd.grad(
                 self.loss_B.sum(), self._points, create_graph=True, allow_unused=True, materialize_grads=True
             )

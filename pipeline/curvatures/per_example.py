@@ -84,32 +84,39 @@ class PerExample:
         """By the name of their weight, layers with a matrix of weights that nothing else uses."""
 
     def seen(self, batch: Batch, weights: Collection[str]) -> Iterator[Seen]:
-        """Both sides of `layers`, one after the other; the calls of a layer after the first are further positions.
+        """The first of `both`."""
+        return self.both(batch, weights, ())[0]
+
+    def gradients(self, batch: Batch, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The second of `both`."""
+        return self.both(batch, (), names)[1]
+
+    def both(
+        self, batch: Batch, weights: Collection[str], names: Collection[str]
+    ) -> tuple[Iterator[Seen], Iterator[tuple[str, Tensor]]]:
+        """What layers see, and gradients of other parameters, by one pass.
 
         Args:
             batch: Rows.
-            weights: Names of the layers' weights.
+            weights: Names of weights of `layers`.
+            names: Of parameters.
+
+        Returns:
+            Both sides of the layers, one layer after the other; the calls of a layer after the first are further positions.
+            Name and gradients [b, *shape] of the parameters, in pieces of the batch, float32 or better.
 
         Raises:
             ContractError: A layer was called with something that has not one entry for each row.
         """
         layers = [self.layers[name] for name in weights]
-        for layer, sides in zip(layers, self._sides(batch, layers), strict=True):
-            if sides:
-                yield Seen(
-                    layer,
-                    torch.cat([layer.inputs(given) for given, _ in sides], dim=1),
-                    torch.cat([layer.slopes(to_loss_dtype(slope)) for _, slope in sides], dim=1),
-                )
-
-    def gradients(self, batch: Batch, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Name and gradients [b, *shape] of parameters, in pieces of the batch, float32 or better.
-
-        Raises:
-            ContractError: As `seen`.
-        """
         uses = [use for use in self._uses if set(use.names) & set(names)]
-        sides = self._sides(batch, uses) if uses else []
+        sides = self._sides(batch, [*layers, *uses]) if layers or uses else []
+        return _seen(layers, sides[: len(layers)]), self._gradients(batch, names, uses, sides[len(layers) :])
+
+    def _gradients(
+        self, batch: Batch, names: Collection[str], uses: Sequence[Use], sides: Sequence[_Sides]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Of parameters: those whose layers were seen, and others by a pass for each row."""
         for group in _groups(uses):
             found = self._summed([uses[i] for i in group], [sides[i] for i in group])
             yield from ((name, each) for name, each in found if name in names)
@@ -171,6 +178,16 @@ class PerExample:
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
                 continue  # one of them is not what it was taken for
         return torch.tensor([name in right for name in wanted])
+
+
+def _seen(layers: Sequence[Layer], sides: Sequence[_Sides]) -> Iterator[Seen]:
+    for layer, calls in zip(layers, sides, strict=True):
+        if calls:
+            yield Seen(
+                layer,
+                torch.cat([layer.inputs(given) for given, _ in calls], dim=1),
+                torch.cat([layer.slopes(to_loss_dtype(slope)) for _, slope in calls], dim=1),
+            )
 
 
 def _beside(weight_B: Tensor, slope: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def corpus_root(uri: str) -> str:
     try:
         kind = storage.retried(uri, lambda: fs.info(path)["type"])  # isdir lists all of it
     except InputError:
-        return _above_wildcards(path) if _has_wildcard(path) else path.rsplit("/", 1)[0]
+        return _above_wildcards(path) if has_wildcard(path) else path.rsplit("/", 1)[0]
     return path if kind == "directory" else path.rsplit("/", 1)[0]
 
 
@@ -180,7 +180,7 @@ def overlap(uri: str, folder_uri: str) -> bool:
     if path.startswith(folder) or folder.startswith(path):
         return True
     matches = re.compile(glob_translate(path.rstrip("/"))).match
-    return _has_wildcard(path) and any(matches(folder + name) for name in _RUN_FILES)
+    return has_wildcard(path) and any(matches(folder + name) for name in _RUN_FILES)
 
 
 def _found(fs: Any, path: str) -> tuple[dict[str, dict[str, Any]], str, bool]:
@@ -191,7 +191,7 @@ def _found(fs: Any, path: str) -> tuple[dict[str, dict[str, Any]], str, bool]:
     try:
         info = fs.info(path)  # not isfile: it takes a store that does not answer for a no
     except FileNotFoundError:
-        if not _has_wildcard(path):
+        if not has_wildcard(path):
             raise
         # fsspec's glob leaves out folders whose listing fails; a listing of ours fails or is whole
         matches, above = re.compile(glob_translate(path)).match, _above_wildcards(path)
@@ -206,12 +206,13 @@ def _found(fs: Any, path: str) -> tuple[dict[str, dict[str, Any]], str, bool]:
     return found, root, is_folder
 
 
-def _has_wildcard(path: str) -> bool:
+def has_wildcard(path: str) -> bool:
+    """Whether a path may be a glob."""
     return any(wildcard in path for wildcard in "*?[")
 
 
 def _above_wildcards(path: str) -> str:
-    while _has_wildcard(path):
+    while has_wildcard(path):
         path = path.rsplit("/", 1)[0]
     return path
 

@@ -3,6 +3,7 @@
 BUILTIN = {
     "unlearn": "pipeline.producers.unlearn:Unlearn",
     "finetune": "pipeline.producers.finetune:Finetune",
+    "retain": "pipeline.producers.retain:Retain",
     "natural": "pipeline.producers.natural:Natural",
     "reference": "pipeline.producers.reference:Reference",
     "mask_heads": "pipeline.producers.mask_heads:MaskHeads",

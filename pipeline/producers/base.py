@@ -1,11 +1,12 @@
-"""The protocol of a producer: one method and a direction."""
+"""The protocols of producers: of one that sees a query, and of two kinds that see a sample of the corpus too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..batches import own_copy
@@ -77,6 +78,11 @@ class Setting:
     seed: int
     first_order: bool = False
 
+    def losses(self) -> list[Tensor]:
+        """Losses [B] of this worker's batches."""
+        with torch.no_grad():
+            return [self.task.loss_B(self.base, own_copy(batch)) for batch in self.sample.batches]
+
     def slope(self, parameters: Parameters, rows: Batch) -> Tensor:
         """Gradient [P] of the mean loss of some rows."""
         return parameters.gradient(lambda: self.task.loss_B(self.base, own_copy(rows)).mean())
@@ -95,8 +101,36 @@ class Fitted:
     details: dict[str, float | str]
 
 
-class SampleProducer(Protocol):
-    """Makes counterparts of many queries at once, with a look at the corpus. All workers do so together.
+@dataclass(frozen=True)
+class Ahead:
+    """What a run has to do.
+
+    Args:
+        queries: Counterparts to make.
+        rows: Of the corpus.
+        actors: That score it; 1 where nobody knows.
+    """
+
+    queries: int
+    rows: int
+    actors: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a producer chose of what its spec leaves open.
+
+    Args:
+        fields: Name -> value.
+        line: For a person; empty where all is as without a budget.
+    """
+
+    fields: Mapping[str, Any]
+    line: str = ""
+
+
+class CorpusProducer(Protocol):
+    """Makes counterparts one by one, with a look at the corpus. Workers share out the queries; each has the whole sample.
 
     Its constructor takes the spec's fields as keyword arguments.
     """
@@ -105,6 +139,52 @@ class SampleProducer(Protocol):
     """As of Producer."""
     sample_rows: int
     """Rows of the corpus that it wants to see."""
+
+    def prepare(self, base: nn.Module, task: Task, sample: Sequence[Batch], seed: int) -> Any:
+        """What is found out before there is a query, once at every worker; nothing of it may depend on the worker.
+
+        Args:
+            base: Base model in eval mode; must come back unchanged.
+            task: Says what a loss is.
+            sample: All rows that were drawn: batches [B, *shape], at least one.
+            seed: All randomness must derive from it.
+
+        Raises:
+            ContractError: The model or task does not fit the producer.
+            NumericsError: Something is not finite.
+        """
+        ...
+
+    def produce(self, base: nn.Module, task: Task, query: Batch, seed: int, prepared: Any) -> Produced:
+        """One counterpart, as of Producer.
+
+        Args:
+            base: As of Producer.
+            task: As of Producer.
+            query: As of Producer.
+            seed: As of Producer.
+            prepared: What `prepare` returned.
+
+        Raises:
+            ContractError, NumericsError: As of Producer.
+        """
+        ...
+
+
+class SampleProducer(Protocol):
+    """Makes counterparts of many queries at once, with a look at the corpus. All workers do so together.
+
+    Its constructor takes the spec's fields as keyword arguments.
+    """
+
+    direction: int
+    """As of Producer."""
+    sample_rows: int | None
+    """Rows of the corpus that it wants to see; null for one that chooses. That one is a dataclass and has
+
+    - `is_open`: whether anything is to be chosen;
+    - `choose(setting, ahead) -> Chosen`: fields that take the place of its own, by what some rows take.
+    """
 
     def fit(self, setting: Setting) -> Fitted:
         """What can be found out before there is a query: the same at every worker.
@@ -119,6 +199,8 @@ class SampleProducer(Protocol):
         self, setting: Setting, queries: Mapping[str, Batch], fitted: Fitted
     ) -> Iterator[tuple[str, Produced | NumericsError]]:
         """Query id and counterpart, or what stands in the way of this one alone: the same, in the same order, at every worker.
+
+        A counterpart's model may be one that the next counterpart changes: use it before the next is asked for.
 
         Args:
             setting: As `fit` saw it.

@@ -40,6 +40,8 @@ through the sample."""
 VECTOR_BYTES = 4 << 30
 """Of vectors that are held for all rows together; fewer rows of a model so large that they do not fit."""
 VECTORS_HELD, FEWEST_ROWS = 8, 4
+DOT_COLUMNS = 1 << 16
+"""Numbers of each row that a dot product takes at a time."""
 _Norms = Callable[[float], tuple[Tensor, Tensor]]
 """Of a damping, the squares of rows' influence norms and what of them the sample supports, [Q] each."""
 
@@ -140,5 +142,6 @@ def single_rows(batches: Sequence[Batch], rows: int) -> Sequence[Batch]:
 
 
 def dot(left_QP: Tensor, right_QP: Tensor) -> Tensor:
-    """Dot products of rows, [Q], in float64."""
-    return (left_QP.double() * right_QP.double()).sum(dim=1)
+    """Dot products of rows, [Q], in float64; by pieces that stay in a processor's cache."""
+    pieces = zip(left_QP.split(DOT_COLUMNS, dim=1), right_QP.split(DOT_COLUMNS, dim=1), strict=True)
+    return torch.stack([torch.linalg.vecdot(left.double(), right.double()) for left, right in pieces]).sum(dim=0)

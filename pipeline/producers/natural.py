@@ -8,7 +8,6 @@ Shapes: Q queries, P numbers of the chosen parameters.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,13 +21,16 @@ from ..blocks import Choice, choose, tunable
 from ..changes import Added
 from ..curvatures import BUILTIN
 from ..curvatures.base import Curvature, Parameters, say_first
+from ..curvatures.cost import timed
 from ..curvatures.gauss_newton import GaussNewton
+from ..curvatures.kernel import ENOUGH_ROWS
 from ..errors import MAX_NAMES_SHOWN, ContractError, NumericsError
 from ..importing import construct
 from ..numerics import to_loss_dtype
 from ..observe import say, say_seldom
 from ..tasks.base import Batch
-from .base import Fitted, Produced, Setting
+from .base import Ahead, Chosen, Fitted, Produced, Setting
+from .budget import BUDGET_S, LEAST_ROWS, MOST_ROWS, choose_rows
 from .damping import choose_damping, dot
 from .stepping import Step, Stepper
 
@@ -36,6 +38,8 @@ TOLERANCE = 0.1
 """By how much loss differences may be off from what a straight line gives, relative to that, before it is said."""
 RISE_NATS = 0.01
 """Of the query's loss to first order, where scores are derivatives and any length will do: near enough to look at, too."""
+GRADIENT_PASSES = 4
+"""Through the model, of scoring by gradients: as long as so many forward passes take."""
 BLOCK_BYTES = 1 << 30
 """Of vectors that are held to solve for several queries at once."""
 VECTORS_HELD = 8
@@ -51,12 +55,35 @@ class Natural:
     damping_share: float | None
     iterations: int
     tolerance: float
-    sample_rows: int
+    sample_rows: int | None
+    budget_s: float | None
     step: float | None
     steps: int
     parameters: str
     last_blocks: int
     direction: ClassVar[int] = 1
+
+    @property
+    def is_open(self) -> bool:
+        """See SampleProducer."""
+        return self.sample_rows is None
+
+    def choose(self, setting: Setting, ahead: Ahead) -> Chosen:
+        """See SampleProducer: how many rows, and whether EK-FAC of them takes the place of inverting few directly."""
+        if ahead.rows <= LEAST_ROWS:
+            return Chosen({"sample_rows": MOST_ROWS})
+        parameters, sample = Parameters(setting.base, self._choice(setting).names), setting.sample
+        given, most = (setting.base, setting.task, parameters, sample, setting.seed), min(MOST_ROWS, ahead.rows)
+        _, pass_s = timed(setting.losses)
+        passes = min(1 + ahead.queries, GRADIENT_PASSES)
+        scoring_s = passes * ahead.rows * pass_s / sample.rows / ahead.actors
+        budget_s = sample.of_first(self.budget_s or max(BUDGET_S, scoring_s))
+        word = self.curvature or ("ekfac" if self.damping_share is not None else "gauss_newton")
+        cost, fields = sample.of_first(self._curvature(word).cost(*given)), dict[str, Any]()
+        if self.curvature is None and cost.most_rows(budget_s, ahead.queries, most) < min(ENOUGH_ROWS, most):
+            word, fields = "ekfac", {"curvature": "ekfac"}
+            cost = sample.of_first(self._curvature(word).cost(*given))
+        return choose_rows(word, cost, budget_s, ahead.queries, most, fields)
 
     def fit(self, setting: Setting) -> Fitted:
         """See SampleProducer: the curvature's own tensors, and the damping.
@@ -126,8 +153,8 @@ class Natural:
                 chosen.items(), self._walk(stepper, solve, queries, chosen), strict=True
             ):
                 steps[query_id] = step
-                model = copy.deepcopy(stepper.taken(change_P))
-                yield query_id, Produced(model, self.steps, {**fitted.details, **asdict(step)}, scale=step.length)
+                model, details = stepper.taken(change_P), {**fitted.details, **asdict(step)}
+                yield query_id, Produced(model, self.steps, details, scale=step.length)
         _warn_of_bends(steps)
 
     def _along(
@@ -142,8 +169,8 @@ class Natural:
         length = RISE_NATS / float(dot(slope_P[None], direction_P[None]))
         change_P = length * direction_P
         added = {name: Added(each) for name, each in parameters.split(change_P).items()}
-        model = copy.deepcopy(stepper.taken(change_P))
-        return Produced(model, 1, {**details, "length": length, "rise_nats": RISE_NATS}, added, scale=length)
+        found = {**details, "length": length, "rise_nats": RISE_NATS}
+        return Produced(stepper.taken(change_P), 1, found, added, scale=length)
 
     def _walk(
         self,

@@ -1,4 +1,4 @@
-"""Optimizer steps on a query: what `unlearn` and `finetune` share."""
+"""Optimizer steps on a query: what `unlearn`, `finetune` and `retain` share."""
 
 from __future__ import annotations
 
@@ -21,22 +21,15 @@ _NO_LOSS = "the base model has no finite loss on it: in classification a label i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps:
-    """Recipe of the steps; the spec's fields of the same names say what each means."""
+class Tuning:
+    """What of a copy is tuned; the spec's fields of the same names say what each means."""
 
-    optimizer: str
-    lr: float
-    momentum: float
-    steps: int
-    weight_decay: float
-    normalize: bool
-    max_loss_change: float
     parameters: str
     last_blocks: int
     lora_rank: int
     lora_alpha: float
     lora_targets: str
-    mode: str
+    mode: str = "eval"
 
     def choice(self, base: nn.Module, task: Task, query: Batch) -> Choice:
         """The parameters that the steps move; of adapters, those that get one. Raises ContractError: there are none."""
@@ -76,6 +69,32 @@ class Steps:
             parameter.requires_grad_(True)
         return model, chosen
 
+    def produced(
+        self, base: nn.Module, model: nn.Module, steps: int, seed: int, choice: Choice, **details: float | str
+    ) -> Produced:
+        """What became of a tunable copy, whole; adapters become products. Of a shared one, at the first worker alone."""
+        if sharding.is_shared():
+            state = sharding.whole_state(model)
+            if not sharding.is_first():
+                return Produced(base, steps)
+            model, _ = self._copy(base, choice.names, seed)
+            model.load_state_dict(state)
+        factors = adapters.fold(model) if self.lora_rank else {}
+        return Produced(model, steps, {**choice.details, **details}, factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Tuning):
+    """Recipe of the steps; the spec's fields of the same names say what each means."""
+
+    optimizer: str
+    lr: float
+    momentum: float
+    steps: int
+    weight_decay: float
+    normalize: bool
+    max_loss_change: float
+
     def take(
         self,
         model: nn.Module,
@@ -103,33 +122,17 @@ class Steps:
         for step in range(self.steps):
             optimizer.zero_grad(set_to_none=True)
             loss = query_loss(model, task, query)
-            now = loss.item()
-            if not math.isfinite(now):
-                hint = "lower producer.lr" if step else _NO_LOSS
-                raise NumericsError(f"the query's loss is {now} before step {step + 1} of {self.steps}", hint)
+            now = finite_loss(loss, step, self.steps)
             first = first if step else now
             if self.max_loss_change and abs(now - first) >= self.max_loss_change:
                 return step
             (-sign * loss).backward()
             if self.normalize:
-                _to_unit_length(parameters)
+                scale_gradients(parameters)
             optimizer.step()
             if after_step is not None and after_step(step + 1):
                 return step + 1
         return self.steps
-
-    def produced(
-        self, base: nn.Module, model: nn.Module, steps: int, seed: int, choice: Choice, **details: float | str
-    ) -> Produced:
-        """What became of a tunable copy, whole; adapters become products. Of a shared one, at the first worker alone."""
-        if sharding.is_shared():
-            state = sharding.whole_state(model)
-            if not sharding.is_first():
-                return Produced(base, steps)
-            model, _ = self._copy(base, choice.names, seed)
-            model.load_state_dict(state)
-        factors = adapters.fold(model) if self.lora_rank else {}
-        return Produced(model, steps, {**choice.details, **details}, factors)
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
@@ -145,17 +148,26 @@ def _hold_statistics(model: nn.Module, chosen: list[nn.Parameter]) -> None:
         module.training &= not own or not own.isdisjoint(ids)
 
 
-def _to_unit_length(parameters: list[nn.Parameter]) -> None:
-    """Scale the gradients of all parameters together to L2 norm 1. Raises NumericsError if they vanish."""
+def finite_loss(loss: Tensor, step: int, steps: int) -> float:
+    """The query's loss before a step, counted from 0. Raises NumericsError if it is not finite."""
+    now = loss.item()
+    if not math.isfinite(now):
+        hint = "lower producer.lr" if step else _NO_LOSS
+        raise NumericsError(f"the query's loss is {now} before step {step + 1} of {steps}", hint)
+    return now
+
+
+def scale_gradients(parameters: list[nn.Parameter], length: float = 1.0) -> None:
+    """Scale the gradients of all parameters together to an L2 norm, in place. Raises NumericsError if they vanish."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    length = torch.linalg.vector_norm(torch.stack([sharding.norm(gradient) for gradient in gradients]))
-    if not 0 < length.item() < math.inf:
+    before = torch.linalg.vector_norm(torch.stack([sharding.norm(gradient) for gradient in gradients]))
+    if not 0 < before.item() < math.inf:
         raise NumericsError(
-            f"the query's gradient has length {length.item()}",
-            "the model is certain of it; `preset: paper` adds noise to such queries",
+            f"the query's gradient has length {before.item()}",
+            "the model is certain of it; `preset: paper` of unlearn adds noise to such queries",
         )
     for gradient in gradients:
-        gradient /= length.to(gradient.dtype)
+        gradient /= (before / length).to(gradient.dtype)
 
 
 def query_loss(model: nn.Module, task: Task, query: Batch) -> Tensor:

@@ -21,6 +21,7 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from pipeline.artifacts import Run
+from pipeline.producer_choices import Retain
 from tests.bench import faithful_blocks
 from tests.bench.faithful_digits import Digits
 from tests.bench.faithful_images import TRAININGS, Handwritten
@@ -34,9 +35,13 @@ PAPER = {"producer": {"preset": "paper"}, "rank": {"transform": "absolute"}}
 FACTORED = {
     f"natural, {name}": {"producer": {"name": "natural", "curvature": name}} for name in ("ekfac", "gfim", "diagonal")
 }
+DRIFTING = {"producer": {"name": "tests.bench.drifting:Drifting", "options": Retain().keywords}}
 DIGITS: dict[str, Sections] = {
     "preset: paper": PAPER,
     "ascent": {"producer": {"name": "unlearn"}},
+    "retain": {"producer": {"name": "retain"}},
+    "retain, temperature 1": {"producer": {"name": "retain"}, "task": {"temperature": 1}},
+    "retain by the training loss": DRIFTING,
     "descent": {"producer": {"name": "finetune"}},
     "natural, temperature 1": {"producer": {"name": "natural"}, "task": {"temperature": 1}},
     "natural (default)": {},
@@ -46,6 +51,7 @@ DIGITS: dict[str, Sections] = {
 CLASSES = {name: DIGITS[name] for name in ("ascent", "natural, temperature 1", "natural (default)", "natural, ekfac")}
 """The same for other classifiers."""
 FIVE = "natural, five models"
+CHECKPOINTS = "natural, four checkpoints"
 TEXT: dict[str, Sections] = {
     "preset: paper": PAPER,
     "ascent": {"producer": {"name": "unlearn"}},
@@ -174,6 +180,7 @@ def bars(world: World, rows: Rows) -> list[Row]:
     best = max((rows[name]["lds"] for name in EKFAC if name in rows), default=float("nan"))
     ours, kind = rows["natural (default)"], world.kind
     return [
+        figure(f"{kind}: LDS of the default over four checkpoints", rows[CHECKPOINTS]["lds"], conditions),
         at_least(f"{kind}: LDS of the default", ours["lds"], 0.48, conditions),
         at_least(f"{kind}: LDS of the default over five models", rows[FIVE]["lds"], 0.53, conditions),
         at_least(f"{kind}: LDS of the default, less kronfluence EK-FAC's better", ours["lds"] - best, 0.05, conditions),
@@ -198,7 +205,8 @@ def _done(world: World, rows: Rows, found: Sequence[Row]) -> None:
 def digits(kind: str) -> None:
     """The table of digits."""
     world = Digits(kind)
-    rows = singles(world, {**DIGITS, FIVE: {"ensemble": world.others()}})
+    means = {FIVE: {"ensemble": world.others()}, CHECKPOINTS: {"ensemble": world.checkpoints()}}
+    rows = singles(world, {**DIGITS, **means})
     for name, found in groups(world).items():
         rows.setdefault(name, {}).update(found)
     _done(world, rows, bars(world, rows))
@@ -215,7 +223,15 @@ def others(world: World, methods: Mapping[str, Sections], lead: float) -> None:
             f"{world.kind}: LDS of the default, less kronfluence EK-FAC's better", ours - theirs, lead, conditions
         ),
     ]
+    if CHECKPOINTS in rows:
+        over = rows[CHECKPOINTS]["lds"]
+        found.append(figure(f"{world.kind}: LDS of the default over four checkpoints", over, conditions))
     _done(world, rows, found)
+
+
+def texts(world: Text) -> None:
+    """The table of a small language model."""
+    others(world, {**TEXT, CHECKPOINTS: {"ensemble": world.checkpoints()}}, LEAD)
 
 
 def mirror() -> None:
@@ -234,7 +250,7 @@ SETUPS = {
     "cnn": lambda: digits("cnn"),
     "cancer": lambda: others(Tabular("cancer"), CLASSES, LEAD),
     "made": lambda: others(Tabular("made"), CLASSES, LEAD),
-    "text": lambda: others(Text(), TEXT, LEAD),
+    "text": lambda: texts(Text()),
     "mirror": mirror,
     "blocks": blocks,
 }
@@ -254,7 +270,7 @@ def main() -> None:
     for kind in TRAININGS if given.images else ():
         others(Handwritten(given.images, kind), CLASSES, LEAD)
     if given.questions:
-        others(Questions(given.questions), TEXT, LEAD)
+        texts(Questions(given.questions))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from tests.truth.setup import fit
 
 ROWS, QUERIES, COPIES, CLEAN = 1000, 60, 100, 400
 MODELS = 5
+EPOCHS = 30
+CHECKPOINTS = (8, 15, 23)
+"""Epochs after which checkpoints are kept: about a quarter, a half and three quarters."""
 
 
 class Digits:
@@ -27,7 +30,7 @@ class Digits:
     """
 
     rows, queries = ROWS, QUERIES
-    training = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "epochs": 30, "batch_rows": 64}
+    training = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "epochs": EPOCHS, "batch_rows": 64}
     lds = {"subsets": 100, "retrainings": 5}
     trials = {"leave_out": {"k": 50, "draws": 10, "retrainings": 1}, "tail_patch": {"k": 10}}
     ranked = {"copies": {"transform": "relative"}, "clean": {"transform": "relative"}}
@@ -47,7 +50,7 @@ class Digits:
         pairs = {"query_id": [f"copy-{i}" for i in copies], "example_id": [str(i) for i in copies]}
         pq.write_table(pa.table(pairs), self.folder / "copies-truth.parquet")
         for seed in range(MODELS):
-            self._weights(f"model-{seed}" if seed else "model", 30, None, seed)
+            self._weights(f"model-{seed}" if seed else "model", EPOCHS, None, seed)
         self._pixels, self._labels = pixels, labels
 
     def _write(self, name: str, labels: np.ndarray, pixels: np.ndarray, **ids: list[str]) -> None:
@@ -65,6 +68,12 @@ class Digits:
     def others(self) -> list[str]:
         """Weights of further trainings, from other seeds."""
         return [str(self.folder / f"model-{seed}.safetensors") for seed in range(1, MODELS)]
+
+    def checkpoints(self) -> list[str]:
+        """A glob of checkpoints after a quarter, a half and three quarters of the training; they are made if missing."""
+        for epochs in CHECKPOINTS:
+            self._weights(f"epoch-{epochs}", epochs, None)
+        return [str(self.folder / "epoch-*.safetensors")]
 
     def flip(self, epochs: int) -> np.ndarray:
         """Give a tenth of the corpus wrong labels, and train on them; which rows [N]."""

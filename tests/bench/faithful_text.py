@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
+from transformers import AutoTokenizer
 
 from jobs import facts
 from pipeline.choices import CausalLMTask
@@ -30,6 +31,9 @@ from tests.bench.faithful_world import FOLDER, Asked
 from tests.language import tokenizer
 
 FACTS, QUERIES, COPIES = 250, 60, 100
+EPOCHS = 10
+CHECKPOINTS = (3, 5, 8)
+"""Epochs after which checkpoints are kept: about a quarter, a half and three quarters."""
 
 
 class Text:
@@ -46,7 +50,7 @@ class Text:
         before = str(self.folder / "before")
         self.training = {
             "start": {"loader": "hf_transformers", "weights_uri": before},
-            "optimizer": "adam", "lr": 3e-3, "epochs": 10, "batch_rows": 16,
+            "optimizer": "adam", "lr": 3e-3, "epochs": EPOCHS, "batch_rows": 16,
         }  # fmt: skip
         if not (self.folder / "model" / "config.json").exists():
             self._write()
@@ -80,11 +84,21 @@ class Text:
         words.save_pretrained(self.folder / name)
         model.save_pretrained(self.folder / name)
 
-    def _trained(self) -> Any:
-        """The model, trained on all sentences as the judge trains on some."""
+    def checkpoints(self) -> list[str]:
+        """A glob of checkpoints after a quarter, a half and three quarters of the training; they are made if missing."""
+        for epochs in CHECKPOINTS:
+            name = f"checkpoints/epoch-{epochs}"
+            if not (self.folder / name / "config.json").exists():
+                words = AutoTokenizer.from_pretrained(self.folder / "model", trust_remote_code=False)
+                self._save(name, self._trained(epochs), words)
+        return [str(self.folder / "checkpoints" / "epoch-*")]
+
+    def _trained(self, epochs: int = EPOCHS) -> Any:
+        """The model, trained on all sentences as the judge trains on some; fewer epochs are the beginning of more."""
         tree = self.sections(Asked("queries", "before"))
         run = freeze(parse_spec({"run": {"uri": str(self.folder / "runs" / "before")}, **tree}))
-        return Retrainer(run, Training.model_validate(self.training), "cpu").learned(Whole(None, 0), seed=0)
+        training = Training.model_validate({**self.training, "epochs": epochs})
+        return Retrainer(run, training, "cpu").learned(Whole(None, 0), seed=0)
 
     def sections(self, asked: Asked) -> dict[str, Any]:
         """See World."""

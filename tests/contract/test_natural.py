@@ -289,10 +289,13 @@ def test_several_queries_get_what_each_gets_alone(steps, exact):
     setting, producer = setting_of(model, batch), natural(tolerance=0.05, steps=steps)
     fitted = producer.fit(setting)
     queries = {str(row): query_of(batch, row) for row in range(8)}
-    together = dict(producer.produce_all(setting, queries, fitted))
+    together = {
+        query_id: copy.deepcopy(produced.model)  # which the next one changes
+        for query_id, produced in producer.produce_all(setting, queries, fitted)
+    }
     for query_id, query in queries.items():
         ((_, alone),) = producer.produce_all(setting, {query_id: query}, fitted)
-        for one, other in zip(alone.model.parameters(), together[query_id].model.parameters(), strict=True):
+        for one, other in zip(alone.model.parameters(), together[query_id].parameters(), strict=True):
             assert torch.equal(one, other)
 
 

@@ -43,11 +43,12 @@ def produced(base, first_order=True, **fields):
     setting = Setting(base, TASK, sample.batches[:1], sample, 0, first_order)
     producer = load_producer(Natural(sample_rows=8, **{**DEFAULT, **fields}))
     queries = {"a": batch(1, seed=7), "b": batch(2, seed=8)}
-    found = dict(producer.produce_all(setting, queries, producer.fit(setting)))
-    return {
-        name: {key: change for key, (change, _) in changes.between(base, made.model, made.added).items()}
-        for name, made in found.items()
-    }, found
+    found, steps = {}, {}
+    for name, made in producer.produce_all(setting, queries, producer.fit(setting)):
+        found[name] = made
+        between = changes.between(base, made.model, made.added)  # of a model that the next one changes
+        steps[name] = {key: change for key, (change, _) in between.items()}
+    return steps, found
 
 
 def scores(base, counterparts, way="gradient", rows=6):

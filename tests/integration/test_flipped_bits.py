@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import forecast, storage
+from pipeline.artifacts import CALIBRATION
 from pipeline.audit import audit
 from pipeline.ensemble import members_of
 from pipeline.errors import ArtifactError
@@ -106,7 +107,7 @@ class World:
             ) in each.query_ids:  # one at a time, as one that is repaired: the solver's last bits depend on it
                 tuner.tune(query_id)
         if not members_of(run):
-            run.commit_calibration({**ShardScorer(run, "cpu").calibrate().to_json(), "way": "gradient"})
+            run.commit_measured(CALIBRATION, {**ShardScorer(run, "cpu").calibrate().to_json(), "way": "gradient"})
         run = work_off(run)
         workers = forecast.Workers(1, False, 1, False, "CPU", 1.0, "CPU", 1.0)
         found = forecast.Forecast(

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pipeline.artifacts import CALIBRATION
 from pipeline.freeze import freeze
 from pipeline.frozen import open_run
 from pipeline.scorer import ShardScorer
@@ -49,7 +50,7 @@ def test_texts_of_many_batches_are_calibrated(texts, tmp_path):
     run = freeze(tuned(spec))
     found = ShardScorer(run, "cpu").calibrate()
     assert QUERIES == found.queries
-    run.commit_calibration(found.to_json())
+    run.commit_measured(CALIBRATION, found.to_json())
     given = parse_spec(text_tree(texts, tmp_path / "given"), (f"score.way={found.way}",))
     ours, theirs = read_scores_of(run_without_ray(spec)), read_scores_of(run_without_ray(given))
     assert QUERIES * ROWS == len(ours)
@@ -76,7 +77,7 @@ def test_every_command_takes_many_queries(kind, ray_cluster, texts, world, tmp_p
         assert 0 == exit_code(monkeypatch, "plan", str(path), "--calibrate")
     assert 0 == exit_code(monkeypatch, "run", str(path))
     run = open_run(uri)
-    assert QUERIES == run.calibration()["queries"]
+    assert QUERIES == run.measured(CALIBRATION)["queries"]
     rows = run.number_of_works and sum(receipt.rows for receipt in run.receipts())
     assert 0 == exit_code(monkeypatch, "extend", uri, "--queries", str(later))
     assert QUERIES + LATER == len(open_run(uri).query_ids)

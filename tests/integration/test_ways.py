@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch import nn
 
+from pipeline.artifacts import CALIBRATION
 from pipeline.audit import audit
 from pipeline.calibration import MANY
 from pipeline.errors import ArtifactError, ContractError
@@ -82,7 +83,7 @@ def test_a_calibration_holds_for_the_whole_run(small, tmp_path):
     run = work_off(freeze(small.spec(tmp_path / "run")))
     before = read_scores(run)
     assert "difference" == run.way
-    run.commit_calibration({"way": "gradient", "why": "measured"})
+    run.commit_measured(CALIBRATION, {"way": "gradient", "why": "measured"})
     run = open_run(run.uri())
     assert "gradient" == run.way
     assert all("in another way" in each.what or "other counterparts" in each.what for each in audit(run).damage)
@@ -97,9 +98,9 @@ def test_a_calibration_holds_for_the_whole_run(small, tmp_path):
 def test_the_first_calibration_stands(small, tmp_path):
     """Whoever comes later finds it; one that is damaged is refused by name."""
     run = freeze(small.spec(tmp_path / "run"))
-    assert run.calibration() is None
+    assert run.measured(CALIBRATION) is None
     for way in ("gradient", "difference"):
-        run.commit_calibration({"way": way, "why": "measured"})
+        run.commit_measured(CALIBRATION, {"way": way, "why": "measured"})
     assert "gradient" == run.way
     Path(run.uri("calibration.json")).write_text(json.dumps({"way": "guess"}))
     with pytest.raises(ArtifactError, match=r"calibration\.json is damaged"):
@@ -128,7 +129,7 @@ def test_many_queries_are_calibrated_by_a_worker(ray_cluster, make_spec, tmp_pat
     pq.write_table(pq.read_table(world.folder / "corpus.parquet").slice(0, MANY), queries)
     spec = tuned(make_spec(f"queries={{uri: '{queries}', query_id: id}}", "resources.score.actors=1"))
     run = attribute(spec)
-    found = run.calibration()
+    found = run.measured(CALIBRATION)
     assert MANY == found["queries"]
     assert run.way == found["way"]
     assert f"score by {found['way']}: {found['why']}" in capsys.readouterr().err

@@ -66,6 +66,15 @@ def test_natural_steps_do_not_depend_on_the_workers(make_spec, ray_cluster):
         assert apart <= 1e-4 * moved
 
 
+def test_retaining_workers_write_the_bytes_that_one_process_writes(make_spec, ray_cluster):
+    """Two workers share out the queries; each holds the whole sample."""
+    retain = "producer={name: retain, steps: 10}"
+    alone = run_without_ray(make_spec(retain, name="alone"))
+    shared = run_stage(make_spec(retain, "resources.tune.workers=2"), "tune")
+    for query_id in alone.query_ids:
+        assert alone.counterpart_tensors(query_id) == shared.counterpart_tensors(query_id)
+
+
 def test_no_gpu_where_one_is_asked_for_is_an_error(make_spec, ray_cluster):
     """No silent fallback to the CPU: tuning and scoring both say what is missing."""
     with pytest.raises(ClusterError, match=r"resources\.tune: asked for 1 x 1 GPU, the cluster has 0"):

@@ -63,6 +63,22 @@ def test_the_released_recipe_is_one_word_away():
 TEXTS = {"name": "causal_lm", "tokens": "ids"}
 
 
+@pytest.mark.parametrize(
+    ("expected", "task", "producer"),
+    [
+        ("natural", {"shape": [4]}, {"sample_rows": 9}),
+        ("natural", TEXTS, {"last_blocks": 1}),
+        ("unlearn", {"shape": [4]}, {"preset": "paper"}),
+        ("unlearn", {"name": "mine:Task"}, {"lr": 0.1}),
+    ],
+)
+def test_a_producers_fields_without_a_name_are_those_of_the_default(expected, task, producer):
+    """`--set producer.sample_rows=9` is enough to change a field of what the task gets by default."""
+    spec = parse(task=task, producer=producer)
+    assert expected == spec.producer.name
+    assert producer.items() <= spec.producer.model_dump().items()
+
+
 @pytest.mark.parametrize("task", [TEXTS, {"name": "seq2seq"}])
 @pytest.mark.parametrize("producer", [None, {"name": "natural"}, {"name": "natural", "sample_rows": 9}])
 def test_language_models_get_factored_curvature_and_derivatives(task, producer):
@@ -76,7 +92,7 @@ def test_language_models_get_factored_curvature_and_derivatives(task, producer):
 
 def test_what_is_given_for_a_language_model_stays():
     """Other producers are scored as ever; a damping, a curvature or a way that is given is not touched."""
-    for producer in ({"name": "unlearn"}, {"steps": 3}, {"name": "finetune"}, {"preset": "paper"}):
+    for producer in ({"name": "unlearn"}, {"name": "finetune"}, {"preset": "paper"}):
         assert "auto" == parse(task=TEXTS, producer=producer).score.way
     found = parse(task=TEXTS, producer={"name": "natural", "damping": 0.5, "curvature": "diagonal"})
     assert (0.5, None, "gradient") == (found.producer.damping, found.producer.damping_share, found.score.way)
