@@ -162,8 +162,11 @@ def test_a_counterpart_that_forgets_the_query_is_refused(small, tmp_path, produc
     assert ("signed", before) == (open_run(run.uri()).spec.rank.transform, ranking(open_run(run.uri())))
 
 
-def test_the_judge_takes_high_losses_for_wrong_labels(run, tmp_path):
-    """AUC is that of the counterpart's loss, the mean over queries."""
+@pytest.mark.parametrize("models", [1, 3])
+def test_the_judge_takes_high_losses_for_wrong_labels(small, tmp_path, models):
+    """AUC is that of the counterpart's loss, the mean over queries, of one model and of several; base losses beside it."""
+    several = [small.ensemble()] if models > 1 else []
+    run = work_off(freeze(small.spec(tmp_path / "run", FINETUNE, TRANSFORM, *several)))
     wrong = ["row-01", "row-05", "row-10"]
     pq.write_table(duckdb.sql(f"SELECT unnest({wrong}) AS example_id").arrow().read_all(), tmp_path / "wrong.parquet")
     tree = {
@@ -172,8 +175,10 @@ def test_the_judge_takes_high_losses_for_wrong_labels(run, tmp_path):
         "mislabelled": {"uri": str(tmp_path / "wrong.parquet")},
     }
     (found,) = judged(parse_tree(Judge, tree))
-    sql = f"SELECT example_id, avg(counterpart_loss) FROM '{run.uri('scores')}/*/*.parquet' GROUP BY ALL"
-    ids, loss_N = zip(*duckdb.sql(sql).fetchall(), strict=True)
+    sql = (
+        f"SELECT example_id, avg(counterpart_loss), avg(base_loss) FROM '{run.uri('scores')}/*/*.parquet' GROUP BY ALL"
+    )
+    ids, counterpart_N, base_N = zip(*duckdb.sql(sql).fetchall(), strict=True)
     auc = {row["method"]: row["auc"] for row in found.rows}
-    assert roc_auc_score(np.isin(ids, wrong), loss_N) == pytest.approx(auc["ours (counterpart_loss)"])
-    assert "base loss" in auc
+    for method, loss_N in (("ours (counterpart_loss)", counterpart_N), ("base loss", base_N)):
+        assert roc_auc_score(np.isin(ids, wrong), loss_N) == pytest.approx(auc[method])
