@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ContractError, NumericsError
 from ..tasks.base import Batch, Task
+from . import sharding
 from .steps import query_loss
 
 
@@ -70,7 +71,7 @@ class EarlyStopping:
     def _loss(self) -> float:
         """Mean loss of the held-out rows, as scoring sees the model."""
         with _in_eval_mode(self._model), torch.no_grad():
-            return float(query_loss(self._model, self._task, self._held_out))
+            return sharding.of_first(query_loss(self._model, self._task, self._held_out).item())
 
     def after_step(self, step: int) -> bool:
         """Look at the model after a step, counted from 1; whether it was the last one."""

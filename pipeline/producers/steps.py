@@ -150,7 +150,7 @@ def _hold_statistics(model: nn.Module, chosen: list[nn.Parameter]) -> None:
 
 def finite_loss(loss: Tensor, step: int, steps: int) -> float:
     """The query's loss before a step, counted from 0. Raises NumericsError if it is not finite."""
-    now = loss.item()
+    now = sharding.of_first(loss.item())
     if not math.isfinite(now):
         hint = "lower producer.lr" if step else _NO_LOSS
         raise NumericsError(f"the query's loss is {now} before step {step + 1} of {steps}", hint)
