@@ -104,8 +104,23 @@ class Inputs(Protocol):
         """Numbers in each item's columns [S, columns] before they are padded; null where no item ever is."""
         ...
 
-    def batches(self, batch_rows: int, batch_tokens: int) -> Iterator[Batch]:
-        """All of them in batches, every item in one."""
+    @property
+    def example_S(self) -> np.ndarray:
+        """The example that each item is of: ascending, from 0."""
+        ...
+
+    @property
+    def window_S(self) -> np.ndarray:
+        """Which of its example's items each is, from 0."""
+        ...
+
+    @property
+    def weight_S(self) -> np.ndarray:
+        """What each item's loss counts in its example's, which is the sum over its items of weight times loss, float64."""
+        ...
+
+    def batches(self, batch_rows: int, batch_tokens: int, full: bool = False) -> Iterator[Batch]:
+        """All of them in batches, every item in one; full ones even where that costs padding."""
         ...
 
     def of_examples(self, losses_S: np.ndarray) -> np.ndarray:
@@ -140,7 +155,22 @@ class Arrays:
         """See Inputs."""
         return len(next(iter(self.columns.values())))
 
-    def batches(self, batch_rows: int, batch_tokens: int = 0) -> Iterator[Batch]:
+    @property
+    def example_S(self) -> np.ndarray:
+        """See Inputs: they are the examples."""
+        return np.arange(self.items)
+
+    @property
+    def window_S(self) -> np.ndarray:
+        """See Inputs: each is its example's only one."""
+        return np.zeros(self.items, np.int64)
+
+    @property
+    def weight_S(self) -> np.ndarray:
+        """See Inputs."""
+        return np.ones(self.items)
+
+    def batches(self, batch_rows: int, batch_tokens: int = 0, full: bool = False) -> Iterator[Batch]:
         """In batches of exactly `batch_rows` rows, the last filled up with copies of its last row."""
         for start in range(0, self.items, batch_rows):
             stop = min(start + batch_rows, self.items)
@@ -207,11 +237,21 @@ class Sequences:
         """See Inputs."""
         return np.add.reduceat(self.tokens_S, self._first_N) if self.items else self.tokens_S
 
-    def batches(self, batch_rows: int, batch_tokens: int) -> Iterator[Batch]:
+    @cached_property
+    def window_S(self) -> np.ndarray:
+        """See Inputs."""
+        return np.arange(self.items) - self._first_N[self.example_S]
+
+    @cached_property
+    def weight_S(self) -> np.ndarray:
+        """See Inputs: a window's share of its example's tokens, or 1 where losses are sums."""
+        return self.tokens_S / self.num_tokens_N[self.example_S] if self.per_token else np.ones(self.items)
+
+    def batches(self, batch_rows: int, batch_tokens: int, full: bool = False) -> Iterator[Batch]:
         """In batches of at most `batch_tokens` tokens, padding included; a sequence that is longer than that goes alone.
 
         Longest first, so that memory is at its peak in the first batch. A sequence that would be padded by more than a tenth
-        begins the next batch, unless this one has hardly begun. A function of the sequences alone.
+        begins the next batch, unless this one has hardly begun, or all are to be full. A function of the sequences alone.
         """
         length_S = self.length_SC.max(axis=1)
         order_S = np.argsort(-length_S, kind="stable")
@@ -219,7 +259,7 @@ class Sequences:
         while start < self.items:
             longest = int(length_S[order_S[start]])
             alike = int((length_S[order_S[start:]] >= ALIKE * longest).sum())
-            rows = min(batch_tokens // longest, max(alike, int(BEGUN * batch_tokens) // longest))
+            rows = min(batch_tokens // longest, max(alike, int((1 if full else BEGUN) * batch_tokens) // longest))
             item_B = order_S[start : start + max(1, rows)]
             yield Batch(item_B, {name: ragged.padded(item_B) for name, ragged in self.columns.items()})
             start += len(item_B)

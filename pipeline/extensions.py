@@ -5,6 +5,7 @@ One mechanism serves tasks, producers, loaders and formats; the folders' `__init
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,7 @@ import numpy as np
 from . import formats, loaders, producers, tasks
 from .batches import Arrays, Inputs
 from .choices import ModelSection, ProducerSection, TaskSection
+from .errors import ContractError
 from .formats.base import Format
 from .importing import construct, user_code
 
@@ -30,8 +32,19 @@ def load_format(name: str, keywords: Mapping[str, Any]) -> Format:
 
 
 def load_task(section: TaskSection) -> Task:
-    """The task a spec names. Raises SpecError."""
-    return cast("Task", construct(section.implementation, tasks.BUILTIN, section.keywords, "task"))
+    """The task a spec names. Raises SpecError; ContractError, if its `sampled` is not called as `Samples` says."""
+    task = construct(section.implementation, tasks.BUILTIN, section.keywords, "task")
+    sampled = getattr(task, "sampled", None)
+    try:
+        if sampled is not None:
+            inspect.signature(sampled).bind(None, None, uniforms=None)
+    except TypeError as error:
+        raise ContractError(
+            f"task: {section.implementation}: got sampled{inspect.signature(sampled)}, expected "  # type: ignore[arg-type]
+            "sampled(model, batch, uniforms)",
+            "uniforms(*shape) gives random numbers [B, *shape] of each row's own, uniform in (0, 1): see pipeline/tasks/base.py",
+        ) from error
+    return cast("Task", task)
 
 
 def prepared(task: Task, arrays: Mapping[str, np.ndarray]) -> Inputs:

@@ -93,14 +93,14 @@ class ModelCheck:
             )
         self._is_checked = True
 
-    def batches(self, inputs: Inputs, batch_rows: int, batch_tokens: int) -> Iterator[Batch]:
+    def batches(self, inputs: Inputs, batch_rows: int, batch_tokens: int, full: bool = False) -> Iterator[Batch]:
         """All of some inputs in batches, split to texts of one length where losses depend on padding.
 
         Raises:
             ContractError: See `require_independent`, which is done first.
         """
         self.require_independent(inputs, batch_rows, batch_tokens)
-        batches = inputs.batches(batch_rows, batch_tokens)
+        batches = inputs.batches(batch_rows, batch_tokens, full)
         return batches if self.may_pad(inputs, np.arange(inputs.items)) else self._split(inputs, batches)
 
     def may_pad(self, inputs: Inputs, item_B: np.ndarray) -> bool:

@@ -198,7 +198,7 @@ class Natural(Extension):
     """They end when no query's residual is longer than this share of its gradient."""
     sample_rows: _Count | None = None
     """Rows of the corpus that the curvature is measured on, drawn at random; all of a smaller corpus. More is better; where
-    `curvature` is not given, no more are used than can be inverted directly. Null: 4,096, or as many as `budget_s` allows, 32 at
+    `curvature` is not given, no more are used than can be inverted directly. Null: 4,096, or as many as `budget_s` allows, 16 at
     least. With a number here nothing is measured: the same spec does the same on any machine."""
     step: _Positive | None = None
     """Length of the step, as the rise of the query's loss in nats to first order. Null: for each query that at which the

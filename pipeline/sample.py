@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +26,20 @@ PROBE_ROWS = 64
 """Rows of the probe, at most; of a small sample half."""
 
 
-def draw_sample(run: Run, task: Task, rows: int) -> tuple[Inputs, Inputs]:
+@dataclass(frozen=True)
+class Drawn:
+    """Examples that were drawn.
+
+    Args:
+        inputs: As the task's model takes them.
+        example_id_N: Their ids.
+    """
+
+    inputs: Inputs
+    example_id_N: np.ndarray
+
+
+def draw_sample(run: Run, task: Task, rows: int, most_shards: int = MAX_SHARDS) -> tuple[Drawn, Drawn]:
     """Rows drawn at random, in random order: the same at every worker and every start; a few of them, and the others.
 
     They are drawn from the corpus as it was first frozen; what cannot be scored is left out.
@@ -38,12 +53,12 @@ def draw_sample(run: Run, task: Task, rows: int) -> tuple[Inputs, Inputs]:
         int.from_bytes(hashlib.sha256(f"{run.spec.seed}/sample".encode()).digest()[:7], "big")
     )
     picked = np.arange(len(shards))
-    if rows < rows_S.sum() and len(shards) > MAX_SHARDS:
-        picked = np.sort(chance.choice(len(shards), MAX_SHARDS, replace=False, p=rows_S / rows_S.sum()))
+    if rows < rows_S.sum() and len(shards) > most_shards:
+        picked = np.sort(chance.choice(len(shards), most_shards, replace=False, p=rows_S / rows_S.sum()))
     corpus = Corpus(run.spec.corpus)
     drawn_M = np.sort(chance.permutation(rows_S[picked].sum())[:rows])
     starts = np.concatenate([[0], np.cumsum(rows_S[picked])])
-    parts = []
+    parts, ids = [], []
     for number, start, stop in zip(picked, starts, starts[1:], strict=False):
         shard = shards[int(number)]
         wanted = drawn_M[(drawn_M >= start) & (drawn_M < stop)] - start + shard.row_start
@@ -51,13 +66,20 @@ def draw_sample(run: Run, task: Task, rows: int) -> tuple[Inputs, Inputs]:
             examples = corpus.read(shard, run.columns)
             kept_N = np.isin(examples.row_N, wanted)
             parts.append({name: array[kept_N] for name, array in examples.arrays.items()})
+            ids.append(np.asarray(examples.example_id_N.to_pylist(), object)[kept_N])
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order_M = chance.permutation(len(next(iter(arrays.values()))))
+    id_M = np.concatenate(ids)
+    order_M = chance.permutation(len(id_M))
     cuts = np.split(order_M, [min(PROBE_ROWS, (len(order_M) + 1) // 2)])
-    probe, rest = (prepared(task, {name: array[cut_M] for name, array in arrays.items()}) for cut_M in cuts)
-    if not probe.items:
+    probe, rest = (_drawn(task, {name: array[cut_M] for name, array in arrays.items()}, id_M[cut_M]) for cut_M in cuts)
+    if not probe.inputs.items:
         raise InputError(
             f"{run.spec.corpus.uri}: of {len(drawn_M):,} rows drawn at random too few can be scored",
             "is task right for this corpus? Or raise producer.sample_rows",
         )
     return probe, rest
+
+
+def _drawn(task: Task, arrays: Mapping[str, np.ndarray], id_M: np.ndarray) -> Drawn:
+    inputs = prepared(task, arrays)
+    return Drawn(inputs, np.delete(id_M, list(inputs.bad)))

@@ -21,22 +21,24 @@ from .extensions import is_joint, load_model, load_producer, load_task, prepared
 from .importing import user_code
 from .observe import say
 from .queries import query_inputs
-from .sample import draw_sample
+from .sample import MAX_SHARDS, Drawn, draw_sample
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .batches import Inputs
     from .model_check import ModelCheck
     from .producers.base import CorpusProducer, Fitted, Produced, Producer, SampleProducer, Setting
     from .tasks.base import Batch, Task
 
-MEASURED_ROWS = 64
-"""Rows of the corpus on which a producer measures what it may choose."""
+FEW_ROWS, MEASURED_ROWS = 4, 64
+"""Rows of the corpus on which a producer measures what it may choose: so many that it takes"""
+MEASURING_S, MEASURING_PASSES = 3.0, 16
+"""seconds, about, for which a model goes forwards through each row so often."""
 CHECKED_QUERY_ROWS = 8
 """Rows of queries, at most, on which the model is looked at."""
 SHARE_OF_TOKENS = 4
-"""A curvature holds all logits of a batch of texts, and more: its batches are smaller than those that are scored, by so much."""
+"""A curvature holds all logits of a batch of texts, and more: its batches are smaller than those that are scored, by so much.
+Each costs as many numbers as all factors have, so they are full."""
 
 
 class Tuner:
@@ -226,6 +228,7 @@ class Tuner:
         """The producer with what its spec leaves open: chosen by the first start, for later ones and for replays."""
         import torch.distributed as dist
 
+        from .curvatures.cost import timed
         from .producers.base import Ahead
 
         if not getattr(producer, "is_open", False):
@@ -236,7 +239,12 @@ class Tuner:
             dist.broadcast_object_list(found)
         if found[0] is None:
             ahead = Ahead(len(run.query_ids), run.rows, run.spec.resources.score.actors or 1)
-            choice = cast(Any, producer).choose(self._setting(seed, MEASURED_ROWS), ahead)
+            few = self._setting(seed, FEW_ROWS, most_shards=1)
+            few.losses()  # the first pass takes longer
+            pass_s = few.sample.of_first(timed(few.losses)[1]) / few.sample.rows
+            rows = min(max(int(MEASURING_S / (MEASURING_PASSES * pass_s)), FEW_ROWS), MEASURED_ROWS)
+            setting = self._setting(seed, rows, most_shards=1) if rows > FEW_ROWS else few
+            choice = cast(Any, producer).choose(setting, ahead)
             if not several or dist.get_rank() == 0:
                 run.commit_measured(CHOICE, {"fields": dict(choice.fields), "why": choice.line})
                 found = [(run.measured(CHOICE) or {}).get("fields")]
@@ -246,7 +254,7 @@ class Tuner:
                 dist.broadcast_object_list(found)
         return cast("SampleProducer", replace(cast(Any, producer), **(found[0] or {})))
 
-    def _setting(self, seed: int, rows: int) -> Setting:
+    def _setting(self, seed: int, rows: int, most_shards: int = MAX_SHARDS) -> Setting:
         """The sample as the producer sees it."""
         import torch.distributed as dist
 
@@ -254,10 +262,10 @@ class Tuner:
         from .producers.base import Setting
 
         rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        drawn = draw_sample(self._run, self._task, rows)
+        drawn = draw_sample(self._run, self._task, rows, most_shards)
         probe, rest = (self._batches(part) for part in drawn)
         numbers = range(len(probe) + len(rest))[rank::workers]
-        sample = Sample([*probe, *rest][rank::workers], sum(part.items for part in drawn), numbers)
+        sample = Sample([*probe, *rest][rank::workers], sum(len(part.example_id_N) for part in drawn), numbers)
         return Setting(self._base, self._task, probe, sample, seed, self._run.spec.score.way in ("gradient", "jvp"))
 
     def _prepare(self) -> None:
@@ -274,12 +282,21 @@ class Tuner:
             sample = [batch for part in drawn for batch in self._batches(part)]
             self._prepared = producer.prepare(self._base, self._task, sample, seed)
 
-    def _batches(self, inputs: Inputs) -> list[Batch]:
-        """All of some rows, as the curvature takes them."""
-        section = self._run.spec.score
+    def _batches(self, drawn: Drawn) -> list[Batch]:
+        """All of some examples, as the curvature takes them."""
+        from .curvatures.rows import Rows
+
+        section, inputs = self._run.spec.score, drawn.inputs
         return [
-            self._tensors({name: array[: len(batch.item_B)] for name, array in batch.arrays.items()})
-            for batch in self._check.batches(inputs, section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS)
+            Rows.of_items(
+                self._tensors({name: array[: len(batch.item_B)] for name, array in batch.arrays.items()}),
+                inputs,
+                drawn.example_id_N,
+                batch.item_B,
+            )
+            for batch in self._check.batches(
+                inputs, section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS, full=True
+            )
         ]
 
     def _fitted(self, producer: SampleProducer, setting: Setting) -> Fitted:

@@ -90,10 +90,10 @@ class Sample:
     """Rows of the corpus that a curvature is measured on; each worker holds some of the batches.
 
     Args:
-        batches: Those of this worker: task column -> [B, *shape].
-        rows: Rows of all workers' batches together.
-        numbers: Of this worker's batches among all that were drawn, so that randomness can be each batch's own; empty for one
-            worker that has them all.
+        batches: Those of this worker: task column -> [B, *shape]. `Rows` say which examples their rows are of; in a plain one
+            every row is an example.
+        rows: Examples in all workers' batches together.
+        numbers: Of this worker's batches among all that were drawn; empty for one worker that has them all.
     """
 
     batches: Sequence[Batch]

@@ -20,6 +20,7 @@ from ..errors import ContractError, NumericsError
 from ..tasks.base import Batch, Task
 from .base import Parameters
 from .linearised import Linearised, StandIn, loss_of_outputs
+from .rows import as_rows, weights
 
 HELD_BYTES = 1 << 28
 """Of base outputs that are held; those beyond are computed at every use."""
@@ -57,25 +58,29 @@ class Divergence:
         with torch.no_grad():
             finite = [task.loss_B(base, own_copy(batch)).isfinite() for batch in sample]
         kept = zip(sample, finite, strict=True)
-        self.batches = [{name: value[is_B] for name, value in batch.items()} for batch, is_B in kept if is_B.any()]
+        self.batches = [as_rows(batch).some(is_B) for batch, is_B in kept if is_B.any()]
         if not self.batches:
             raise ContractError(
                 "none of the rows drawn from the corpus has a finite loss", "is task right for this corpus?"
             )
-        self.rows_each = sum(int(is_B.sum()) for is_B in finite) / len(self.batches)
+        examples = sum(int((batch.window_B == 0).sum()) for batch in self.batches)
+        self.examples_each = max(examples, 1) / len(self.batches)
         self._lines: dict[int, _Line] = {}
 
     def of(self, copy: nn.Module, number: int) -> Tensor:
-        """Divergence of a copy on one of the batches: a scalar, in nats per row.
+        """Divergence of a copy on one of the batches: a scalar, in nats per example.
 
-        A batch of fewer rows than others counts as much less: the mean over all batches is the mean over all rows.
+        A batch of fewer rows than others counts as much less: the mean over all batches is the mean over all examples.
         """
         line = self._line(number)
         stand_in = StandIn(copy, {})
-        loss = self._task.loss_B(stand_in, own_copy(self.batches[number])).sum() / self.rows_each  # type: ignore[arg-type]
+        loss = self._mean(number, self._task.loss_B(stand_in, own_copy(self.batches[number])))  # type: ignore[arg-type]
         moved = zip(stand_in.outputs, line.outputs, line.slopes, strict=True)
         straight = sum((slope * (now - before)).sum() for now, before, slope in moved)
         return loss - line.loss - straight
+
+    def _mean(self, number: int, loss_B: Tensor) -> Tensor:
+        return (loss_B * weights(self.batches[number], loss_B)).sum() / self.examples_each
 
     def _line(self, number: int) -> _Line:
         """Computed as `of` computes, so that an untuned copy's divergence has no gradient, to the bit."""
@@ -83,7 +88,7 @@ class Divergence:
             return self._lines[number]
         with torch.enable_grad():
             points, loss_B = loss_of_outputs(StandIn(self._base, {}), self._task, self.batches[number])
-            loss = loss_B.sum() / self.rows_each
+            loss = self._mean(number, loss_B)
             slopes = torch.autograd.grad(loss, points, allow_unused=True, materialize_grads=True)
         line = _Line(loss.detach(), [point.detach() for point in points], list(slopes))
         if line.nbytes + sum(held.nbytes for held in self._lines.values()) <= HELD_BYTES:
@@ -114,7 +119,7 @@ class Divergence:
             batch = self.batches[iteration % len(self.batches)]
             linearised = Linearised(self._base, self._task, parameters, batch)
             unit_P = vector_P / vector_P.norm()
-            bent_P = linearised.gauss_newton(unit_P.to(like.dtype)[None])[0].double() / self.rows_each
+            bent_P = linearised.gauss_newton(unit_P.to(like.dtype)[None])[0].double() / self.examples_each
             found.append(float(bent_P.norm()))
             vector_P = bent_P if found[-1] else vector_P  # of a batch that the model is certain of nothing is left
         curvature = math.fsum(last := found[POWER_ITERATIONS // 2 :]) / len(last)

@@ -20,7 +20,7 @@ from ..layers import Layer, layers_in
 from ..numerics import to_loss_dtype
 from ..tasks.base import Batch, Task
 from .base import Parameters, Sample, say_first, units
-from .cost import Cost, eigenvectors_s, multiply_s, timed
+from .cost import TIMED_SIDE, Cost, eigenvectors_s, multiply_s, timed
 from .diagonal import sums_of_squares
 from .eigenvectors import eigenvectors
 from .fisher import with_drawn_labels
@@ -77,10 +77,11 @@ class EKFAC:
         _, pass_s = timed(lambda: _sums(per_example, drawn, sides, others, parameters))
         device, dtype = parameters.device, to_loss_dtype(next(iter(parameters.tensors.values()))).dtype
         at_once = torch.get_num_threads() if device.type == "cpu" else 1
+        every = [n for side in sides.values() for n in side]
+        eigen_s = eigenvectors_s(device, dtype, min(max(every, default=1), TIMED_SIDE)) * sum(n**3 for n in every)
         solve = sum(2 * outputs * inputs * (outputs + inputs) for outputs, inputs in sides.values())
         return Cost(
-            once_s=check_s
-            + eigenvectors_s(device, dtype) * sum(n**3 for side in sides.values() for n in side) / at_once,
+            once_s=check_s + eigen_s / at_once,
             row_s=(draw_s + 2 * pass_s) / sample.rows,
             query_s=pass_s / sample.rows + multiply_s(device, dtype) * solve,
         )

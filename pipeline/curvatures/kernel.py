@@ -15,11 +15,12 @@ a row, K rows of S.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,25 +28,40 @@ from torch import Tensor, nn
 from .. import phases
 from ..errors import NumericsError
 from ..numerics import to_loss_dtype
-from ..records import Column
 from ..tasks.base import Batch, Task
 from .base import Parameters, Sample
-from .linearised import Linearised, StandIn
+from .linearised import Linearised
+from .output_slopes import OutputLoss, Pieces, flat, rows_of, with_slopes
 from .per_example import PerExample
+from .rows import as_rows
 
 MOST_OUTPUTS = 128
 """Of a row; Hessians of more are not taken apart."""
 MOST_KEPT, LEAST_KEPT = 0.95, 0.8
-"""Of the trace of a batch's Hessians: as much as one row of S for each of the batch's has, between these (decision 19)."""
+"""Of the trace of the sample's Hessians: as much as one row of S for each of the sample's has, between these (decision 19)."""
 NOTHING = 1e-12
 """Of the largest eigenvalue: less is rounding."""
 MOST_ROWS, MOST_BYTES, MOST_PRODUCTS = 6000, 2 << 30, 1e12
 """Of S, and multiplications for S S'. What is larger is not inverted directly."""
 ENOUGH_ROWS = 512
 """Of the sample, where not all of it has room: by fewer, EK-FAC of all of it is better (decision 19)."""
-_SLOPES = "slopes of outputs"
-_Pieces = list[tuple[Tensor, Tensor]]
-"""Of a batch: numbers of some of its rows [b], and a sqrt(mu) e of each [b, D]."""
+
+
+@dataclass(frozen=True)
+class _Bends:
+    """How the losses of a batch's rows bend in the outputs.
+
+    Args:
+        number: The batch's, among all that were drawn.
+        owner: The worker that holds it.
+        first_B: Whether each row is the first of its example, so that examples are counted once.
+        value_BD: Eigenvalues, the largest of each row first; null where rows have too many outputs.
+    """
+
+    number: int
+    owner: int
+    first_B: np.ndarray
+    value_BD: np.ndarray | None
 
 
 class TooLargeError(Exception):
@@ -59,21 +75,19 @@ class Part:
     Args:
         number: The batch's, among all that were drawn.
         owner: The worker that holds it.
-        of: How many rows the batch has.
-        rows: Numbers of the batch's rows that the rows of S belong to.
+        rows_D: Numbers of the batch's rows whose largest bend is kept, whose second largest is, ...: one for each row of S.
         start: Of its rows in S.
     """
 
     number: int
     owner: int
-    of: int
-    rows: tuple[int, ...]
+    rows_D: Sequence[np.ndarray]
     start: int
 
     @property
     def place(self) -> slice:
         """Of its rows in S."""
-        return slice(self.start, self.start + len(self.rows))
+        return slice(self.start, self.start + sum(map(len, self.rows_D)))
 
 
 class Kernel:
@@ -84,7 +98,7 @@ class Kernel:
         task: Says what the loss is.
         parameters: Those that count as variables.
         sample: Rows. All workers must make it together.
-        some: Whether the first batches of the sample will do, if they are enough.
+        some: Whether the first rows of the sample will do, if they are enough.
 
     Raises:
         TooLargeError: It is not for this model and sample, at all workers alike.
@@ -94,26 +108,29 @@ class Kernel:
         self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, some: bool = False
     ) -> None:
         self._parameters, self._sample = parameters, sample
-        bends = [
-            _bends(model, task, parameters, batch)
-            for batch in phases.each("curvature: Hessians, batch", "", sample.batches)
-        ]
-        self.parts = _with_room(_parts(sample, bends), parameters.size, some)
+        bends = _bends(model, task, parameters, sample)
+        self.parts, rows = _with_room(bends, parameters.size, some)
         self.rows = self.parts[-1].place.stop
         """K."""
-        self.of = sum(part.of for part in self.parts)
+        first_N = np.concatenate([each.first_B for each in bends])
+        self.of = sample.rows if rows == len(first_N) else max(1, int(first_N[:rows].sum()))
         """N."""
-        numbers = {part.number for part in self.parts}
-        bends = [bend if number in numbers else None for number, bend in zip(sample.numbers, bends, strict=True)]
-        first = [_with_slopes(batch, *bend[0]) for batch, bend in zip(sample.batches, bends, strict=True) if bend]
-        own = [number for number, bend in zip(sample.numbers, bends, strict=True) if bend]
-        per_example = PerExample(model, _Outputs(task), parameters, Sample(first, self.of, own))
+        parts = {part.number: part for part in self.parts}
+        own = [
+            (batch, parts[number])
+            for number, batch in zip(sample.numbers, sample.batches, strict=True)
+            if number in parts
+        ]
+        pieces = [
+            _pieces(model, task, parameters, batch, part)
+            for batch, part in phases.each("curvature: Hessians again, batch", "", own)
+        ]
+        first = [with_slopes(batch, *each[0]) for (batch, _), each in zip(own, pieces, strict=True)]
+        looked_at = Sample(first, self.of, [part.number for _, part in own])
+        per_example = PerExample(model, OutputLoss(task), parameters, looked_at)
         self._own = {
-            number: _rows(per_example, parameters, batch, bend)
-            for number, batch, bend in zip(
-                sample.numbers, phases.each("curvature: gradients, batch", "", sample.batches), bends, strict=True
-            )
-            if bend
+            part.number: rows_of(per_example, parameters, batch, each)
+            for (batch, part), each in zip(phases.each("curvature: gradients, batch", "", own), pieces, strict=True)
         }
         self.inner_KK = self._inner()
         """S S', float64."""
@@ -169,7 +186,9 @@ class Kernel:
             block = self._own.get(there.number)
             if self._sample.is_split:
                 if block is None:
-                    block = to_loss_dtype(like.new_empty(0)).new_empty(len(there.rows), self._parameters.size)
+                    block = to_loss_dtype(like.new_empty(0)).new_empty(
+                        there.place.stop - there.start, self._parameters.size
+                    )
                 dist.broadcast(block, there.owner)
             for here in self.parts:
                 if here.start <= there.start and here.number in self._own and block is not None:
@@ -198,39 +217,35 @@ def damped(matrix_KK: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
     return lambda column_KQ: torch.cholesky_solve(column_KQ, factor_KK)
 
 
-class _Outputs:
-    """A task whose loss is what the model returns for a row, times what stands beside the row."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-
-    def columns(self) -> list[Column]:
-        """See Task."""
-        return self._task.columns()
-
-    def loss_B(self, model: Any, batch: Batch) -> Tensor:
-        """See Task."""
-        stand_in = model if isinstance(model, StandIn) else StandIn(model, {})
-        self._task.loss_B(stand_in, {name: value for name, value in batch.items() if name != _SLOPES})  # type: ignore[arg-type]
-        return (to_loss_dtype(_flat(stand_in.outputs)) * batch[_SLOPES]).sum(dim=1)
-
-
-def _flat(outputs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([output.flatten(1) for output in outputs], dim=1)
-
-
-def _with_slopes(batch: Batch, row_b: Tensor, slope_bD: Tensor) -> Batch:
-    return {**{name: value[row_b] for name, value in batch.items()}, _SLOPES: slope_bD}
+def _bends(model: nn.Module, task: Task, parameters: Parameters, sample: Sample) -> list[_Bends]:
+    """Of all workers' batches, in the order of their numbers. Raises NumericsError, TooLargeError."""
+    rank = dist.get_rank() if sample.is_split else 0
+    own = []
+    for number, batch in zip(
+        sample.numbers, phases.each("curvature: Hessians, batch", "", sample.batches), strict=True
+    ):
+        hessian_BDD = _hessians(model, task, parameters, batch)
+        value_BD = None if hessian_BDD is None else torch.linalg.eigvalsh(hessian_BDD).flip(1).clamp(min=0)
+        first_B = as_rows(batch).window_B == 0
+        own.append(_Bends(number, rank, first_B, None if value_BD is None else value_BD.cpu().numpy()))
+    gathered = [own]
+    if sample.is_split:
+        gathered = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, own)
+    found = sorted((each for theirs in gathered for each in theirs), key=lambda each: each.number)
+    if not found or any(each.value_BD is None for each in found):
+        raise TooLargeError(f"outputs of more than {MOST_OUTPUTS} numbers for a row")
+    return found
 
 
-def _bends(model: nn.Module, task: Task, parameters: Parameters, batch: Batch) -> _Pieces | None:
-    """Square roots of the Hessians of a batch's losses in its outputs: the largest of each row, the second largest, ...
+def _hessians(model: nn.Module, task: Task, parameters: Parameters, batch: Batch) -> Tensor | None:
+    """Hessians of a batch's losses in its outputs, times the rows' weights: [B, D, D], float64.
 
     Returns:
         None where a row has too many outputs.
 
     Raises:
-        NumericsError: A Hessian is not finite.
+        NumericsError: One is not finite.
     """
     linearised = Linearised(model, task, parameters, batch)
     rows, outputs = len(linearised.loss_B), linearised.outputs
@@ -246,25 +261,13 @@ def _bends(model: nn.Module, task: Task, parameters: Parameters, batch: Batch) -
         change = [
             each.reshape(output.shape).to(output) for each, output in zip(one_BD.split(sizes, 1), outputs, strict=True)
         ]
-        hessian.append(_flat(linearised.bent(change)).detach())
+        hessian.append(flat(linearised.bent(change)).detach())
     hessian_BDD = torch.stack(hessian, dim=1).double()
     if not hessian_BDD.isfinite().all():
         raise NumericsError(
             "the corpus's losses do not bend by finite numbers", "check the weights, and the corpus's rows"
         )
-    value_BD, vector_BDD = torch.linalg.eigh(hessian_BDD)
-    value_BD, vector_BDD = value_BD.flip(1).clamp(min=0), vector_BDD.flip(2)  # the largest first
-    sorted_M = value_BD.flatten().sort(descending=True).values
-    share_M = sorted_M.cumsum(0) / sorted_M.sum().clamp(min=torch.finfo(sorted_M.dtype).tiny)
-    fewest, most = (1 + int((share_M < kept).sum()) for kept in (LEAST_KEPT, MOST_KEPT))
-    least = float(sorted_M[min(max(rows, fewest), most, len(sorted_M)) - 1])
-    root_BDD = vector_BDD * value_BD.sqrt()[:, None]
-    pieces = []
-    for at in range(sum(sizes)):
-        row_b = (value_BD[:, at] >= max(least, NOTHING * sorted_M[0])).nonzero()[:, 0]
-        if len(row_b):
-            pieces.append((row_b, to_loss_dtype(root_BDD[row_b, :, at].to(outputs[0].dtype))))
-    return pieces
+    return hessian_BDD
 
 
 def most_rows(size: int) -> int:
@@ -272,44 +275,57 @@ def most_rows(size: int) -> int:
     return min(MOST_ROWS, MOST_BYTES // (4 * size), int(math.sqrt(MOST_PRODUCTS / size)))
 
 
-def _with_room(parts: Sequence[Part], size: int, some: bool) -> list[Part]:
-    """All parts, or the first of them that there is room for. Raises TooLargeError."""
+def _with_room(bends: Sequence[_Bends], size: int, some: bool) -> tuple[list[Part], int]:
+    """What is kept of the whole sample, or of as many of its first rows as there is room for, and how many rows these are.
+
+    Rows are counted, not batches, so that how they are cut into batches does not show. Raises TooLargeError.
+    """
     most = most_rows(size)
-    fitting = [part for part in parts if part.place.stop <= most]
-    if not fitting or (len(fitting) < len(parts) and not (some and sum(part.of for part in fitting) >= ENOUGH_ROWS)):
-        raise TooLargeError(f"{parts[-1].place.stop if parts else 0} rows of {size} numbers")
-    return fitting
+    values = [each.value_BD for each in bends if each.value_BD is not None]
+    starts = np.cumsum([0, *map(len, values)])
 
-
-def _parts(sample: Sample, bends: Sequence[_Pieces | None]) -> list[Part]:
-    """The rows of S of all workers' batches, in the order of their numbers. Raises TooLargeError."""
-    own = [
-        (
-            number,
-            len(next(iter(batch.values()))),
-            None if bend is None else tuple(row for b, _ in bend for row in b.tolist()),
+    def kept(rows: int) -> tuple[float, int]:
+        """Least eigenvalue that is kept of so many rows, and how many are."""
+        value_M = np.concatenate(
+            [each[: max(0, rows - start)].ravel() for each, start in zip(values, starts, strict=False)]
         )
-        for number, batch, bend in zip(sample.numbers, sample.batches, bends, strict=True)
-    ]
-    gathered = [own]
-    if sample.is_split:
-        gathered = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, own)
-    parts: list[Part] = []
-    found = [(number, owner, of, rows) for owner, theirs in enumerate(gathered) for number, of, rows in theirs]
-    for number, owner, of, rows in sorted(found):
-        if rows is None:
-            raise TooLargeError(f"outputs of more than {MOST_OUTPUTS} numbers for a row")
-        parts.append(Part(number, owner, of, rows, parts[-1].place.stop if parts else 0))
-    return parts
+        least = _least(value_M, rows)
+        return least, int((value_M >= least).sum())
+
+    rows = fitting = int(starts[-1])
+    if kept(rows)[1] > most:
+        fitting = bisect.bisect_right(range(1, rows), most, key=lambda number: kept(number)[1])
+    if not fitting or (fitting < rows and not (some and fitting >= ENOUGH_ROWS)):
+        raise TooLargeError(f"{rows} rows of {size} numbers")
+    least, parts = kept(fitting)[0], list[Part]()
+    for each, value_BD, start in zip(bends, values, starts, strict=False):
+        rows_D = [np.flatnonzero(value_b >= least) for value_b in value_BD[: max(0, fitting - start)].T]
+        if sum(map(len, rows_D)):
+            parts.append(Part(each.number, each.owner, rows_D, parts[-1].place.stop if parts else 0))
+    return parts, fitting
 
 
-def _rows(per_example: PerExample, parameters: Parameters, batch: Batch, bend: _Pieces) -> Tensor:
-    """The rows of S that a batch has, [K, P], float32 or better."""
-    found = []
-    for row_b, slope_bD in bend:
-        parts: dict[str, list[Tensor]] = {name: [] for name in parameters.names}
-        for name, gradient in per_example.gradients(_with_slopes(batch, row_b, slope_bD), parameters.names):
-            parts[name].append(gradient)
-        found.append(parameters.flat([torch.cat(parts[name]) for name in parameters.names]))
-    return torch.cat(found)
+def _least(value_M: np.ndarray, rows: int) -> float:
+    """The least eigenvalue that is kept, of those of so many rows."""
+    sorted_M = np.sort(value_M)[::-1]
+    share_M = sorted_M.cumsum() / max(sorted_M.sum(), np.finfo(sorted_M.dtype).tiny)
+    fewest, most = (1 + int((share_M < kept).sum()) for kept in (LEAST_KEPT, MOST_KEPT))
+    return max(float(sorted_M[min(max(rows, fewest), most, len(sorted_M)) - 1]), NOTHING * float(sorted_M[0]))
+
+
+def _pieces(model: nn.Module, task: Task, parameters: Parameters, batch: Batch, part: Part) -> Pieces:
+    """Square roots of what is kept of a batch's Hessians: the largest of each row, the second largest, ...
+
+    The Hessians are made again: to hold those of all batches would take more memory than S.
+    """
+    hessian_BDD = _hessians(model, task, parameters, batch)
+    assert hessian_BDD is not None, "it was not too large before"
+    value_BD, vector_BDD = torch.linalg.eigh(hessian_BDD)
+    root_BDD = (vector_BDD * value_BD.clamp(min=0).sqrt()[:, None]).flip(2)  # the largest first
+    like = parameters.tensors[parameters.names[0]]
+    pieces = []
+    for at, rows_b in enumerate(part.rows_D):
+        if len(rows_b):
+            row_b = torch.from_numpy(rows_b).to(root_BDD.device)
+            pieces.append((row_b, to_loss_dtype(root_BDD[row_b, :, at].to(like.dtype))))
+    return pieces

@@ -23,6 +23,7 @@ from ..batches import own_copy
 from ..errors import ContractError
 from ..tasks.base import Batch, Task
 from .base import Parameters
+from .rows import weights
 
 
 class StandIn:
@@ -99,7 +100,7 @@ class Linearised:
         model: Base model in eval mode; not changed.
         task: Says what the loss is.
         parameters: Those that count as variables.
-        batch: Rows.
+        batch: Rows; the curvature is that of their losses times their weights.
 
     Raises:
         ContractError: The task does not call the model, or nothing that it returns depends on the parameters.
@@ -113,8 +114,9 @@ class Linearised:
             stand_in = StandIn(model, leaves)
             self._points, self.loss_B = loss_of_outputs(stand_in, task, batch)
             self.outputs = stand_in.outputs
+            weighted_B = self.loss_B * weights(batch, self.loss_B)
             self._slopes = torch.autograd.grad(
-                self.loss_B.sum(), self._points, create_graph=True, allow_unused=True, materialize_grads=True
+                weighted_B.sum(), self._points, create_graph=True, allow_unused=True, materialize_grads=True
             )
 
     def along(self, vector_QP: Tensor) -> Iterator[list[Tensor]]:
@@ -138,7 +140,7 @@ class Linearised:
             )  # fmt: skip
 
     def bent(self, change: list[Tensor]) -> list[Tensor]:
-        """The loss's Hessian in the outputs times a change of them; zeros where the loss does not bend."""
+        """The weighted losses' Hessian in the outputs times a change of them; zeros where the loss does not bend."""
         bending = [(slope, by) for slope, by in zip(self._slopes, change, strict=True) if slope.requires_grad]
         if not bending:
             return [torch.zeros_like(each) for each in change]
@@ -161,11 +163,11 @@ class Linearised:
         return list(found)
 
     def gauss_newton(self, vector_QP: Tensor) -> Tensor:
-        """Sum over the rows of J' H J times every vector: [Q, P] (Schraudolph, 2002)."""
+        """Weighted sum over the rows of J' H J times every vector: [Q, P] (Schraudolph, 2002)."""
         return torch.stack([self.back(self.bent(change)) for change in self.along(vector_QP)])
 
     def loss_along(self, vector_QP: Tensor) -> Tensor:
-        """Derivative of every row's loss along every vector: [Q, B], float32 or better."""
+        """Derivative of every row's own loss along every vector: [Q, B], float32 or better."""
         with torch.enable_grad():
             weight_B = torch.zeros_like(self.loss_B, requires_grad=True)
             slopes = torch.autograd.grad(

@@ -22,9 +22,12 @@ from ..tasks.base import Batch, Task
 from .base import Parameters, Sample
 from .fisher import weighted_loss
 from .linearised import StandIn
+from .rows import as_rows
 
 PIECE_BYTES = 1 << 28
 """Gradients of single examples that are held at a time, of one layer."""
+LOOKED_AT = 4
+"""Rows on which it is seen whether both sides of a layer make its gradients."""
 TOLERANCE = 1e-2
 """By how much a gradient may be off from autograd's, relative to it; in half precision ten times as much."""
 
@@ -71,7 +74,9 @@ class PerExample:
         self._model, self._task, self._parameters = model, task, parameters
         self._uses = uses_in(model, parameters.tensors)
         like = torch.zeros(len(parameters.names), device=parameters.device)
-        right = sample.first(parameters.device).sum(lambda batch: self._right(batch).to(like), like).tolist()
+        few = slice(0, LOOKED_AT)
+        first = sample.first(parameters.device)
+        right = first.sum(lambda batch: self._right(as_rows(batch).some(few)).to(like), like).tolist()
         self.others = [name for name, each in zip(parameters.names, right, strict=True) if not each]
         """Parameters that take a pass for each example."""
         self._uses = [use for use in self._uses if not set(use.names) & set(self.others)]
@@ -122,7 +127,7 @@ class PerExample:
             yield from ((name, each) for name, each in found if name in names)
         others = [name for name in self.others if name in names]
         for row in range(len(next(iter(batch.values()))) if others else 0):
-            own = {name: value[row : row + 1] for name, value in batch.items()}
+            own = as_rows(batch).some(slice(row, row + 1))
             with torch.enable_grad(), self._parameters.differentiable():
                 tensors = [self._parameters.tensors[name] for name in others]
                 slopes = _gradients(weighted_loss(self._model, self._task, own).sum(), tensors)

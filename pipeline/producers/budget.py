@@ -15,7 +15,7 @@ from .base import Chosen
 
 BUDGET_S = 60.0
 """Where the spec gives none, and scoring takes no longer."""
-MOST_ROWS, LEAST_ROWS = 4096, 32
+MOST_ROWS, LEAST_ROWS = 4096, 16
 """Of a sample, where the spec does not say."""
 
 

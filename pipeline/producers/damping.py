@@ -5,7 +5,7 @@ rows bend, and a part that only the damping d holds. A small damping trusts ever
 bend, a large one sees no curvature at all. Where the first part is SUPPORT of the whole, over the norms of some rows of the
 corpus, retraining was foretold best on seven worlds (decision 19).
 
-Shapes: Q rows in the place of queries, P numbers of the chosen parameters.
+Shapes: Q examples in the place of queries, P numbers of the chosen parameters.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import phases
 from ..curvatures.base import Curvature, Parameters
 from ..curvatures.gauss_newton import GaussNewton
+from ..curvatures.rows import Rows, as_rows
 from ..observe import say
 from ..tasks.base import Batch
 from .base import Setting
@@ -60,8 +61,8 @@ def choose_damping(setting: Setting, parameters: Parameters, curvature: Curvatur
     """
     fitting = VECTOR_BYTES // (VECTORS_HELD * parameters.size * 4)
     most = INVERTED_ROWS if _is_inverted(curvature) else OTHER_ROWS
-    rows = single_rows(setting.probe, min(most, max(FEWEST_ROWS, fitting)))
-    norms = _norms(curvature, torch.stack([setting.slope(parameters, row) for row in rows]))
+    examples = single_examples(setting.probe, min(most, max(FEWEST_ROWS, fitting)))
+    norms = _norms(curvature, torch.stack([_slope(setting, parameters, rows) for rows in examples]))
     tried: dict[float, float] = {}
 
     def support(damping: float) -> float:
@@ -131,14 +132,19 @@ def supporting(support: Callable[[float], float], wanted: float) -> float | None
     return low * (high / low) ** min(max(above, 0.0), 1.0)
 
 
-def single_rows(batches: Sequence[Batch], rows: int) -> Sequence[Batch]:
-    """The first rows of batches, each a batch of its own."""
-    found = [
-        {name: value[i : i + 1] for name, value in batch.items()}
-        for batch in batches
-        for i in range(len(next(iter(batch.values()))))
-    ]
-    return found[:rows]
+def single_examples(batches: Sequence[Batch], number: int) -> list[list[Rows]]:
+    """The first examples of batches, each as its rows, one by one."""
+    found: dict[str, list[Rows]] = {}
+    for batch_number, batch in enumerate(batches):
+        rows = as_rows(batch, batch_number)
+        for i, example in enumerate(rows.example_B):
+            found.setdefault(example, []).append(rows.some(slice(i, i + 1)))
+    return list(found.values())[:number]
+
+
+def _slope(setting: Setting, parameters: Parameters, rows: Sequence[Rows]) -> Tensor:
+    """Gradient [P] of an example's loss."""
+    return torch.stack([float(row.weight_B[0]) * setting.slope(parameters, row) for row in rows]).sum(dim=0)
 
 
 def dot(left_QP: Tensor, right_QP: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Measured for every query on rows of the corpus. The derivative of a row's loss a
 loss differences, made as the engine makes them, can be compared with it. Short steps drown in rounding, long ones leave the
 straight line, and the step at which the two errors together are smallest is taken.
 
-Shapes: P numbers of the chosen parameters, N rows of the probe.
+Shapes: P numbers of the chosen parameters, N examples of the probe.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..batches import own_copy
 from ..curvatures.base import Parameters
 from ..curvatures.linearised import Linearised
+from ..curvatures.rows import as_rows, of_examples
 from ..errors import NumericsError
 from ..tasks.base import Batch, Task
 
@@ -63,7 +64,8 @@ class Stepper:
     """
 
     def __init__(self, base: nn.Module, task: Task, parameters: Parameters, probe: Sequence[Batch]) -> None:
-        self._base, self._task, self._parameters, self._probe = base, task, parameters, probe
+        self._base, self._task, self._parameters = base, task, parameters
+        self._probe = [as_rows(batch, number) for number, batch in enumerate(probe)]
         self._copy = copy.deepcopy(base)
         self._moved = Parameters(self._copy, parameters.names)
 
@@ -73,7 +75,7 @@ class Stepper:
             Linearised(self._base, self._task, self._parameters, batch).loss_along(direction_QP)
             for batch in self._probe
         ]
-        return torch.cat(found, dim=1).double()
+        return of_examples(self._probe, torch.cat(found, dim=1).double())
 
     def choose(self, direction_P: Tensor, slope: float, expected_N: Tensor, rise_nats: float | None) -> Step:
         """The step along a direction.
@@ -117,7 +119,8 @@ class Stepper:
 
     def _losses(self, model: nn.Module) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self._task.loss_B(model, own_copy(batch)) for batch in self._probe])
+            losses_S = torch.cat([self._task.loss_B(model, own_copy(batch)) for batch in self._probe])
+        return of_examples(self._probe, losses_S)
 
     def slope(self, change_P: Tensor, rows: Batch) -> Tensor:
         """Gradient [P] of the mean loss of some rows where a change has led."""

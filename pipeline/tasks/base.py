@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ..batches import Sequences
@@ -40,10 +39,23 @@ class Task(Protocol):
         ...
 
 
+class Uniforms(Protocol):
+    """Random numbers for the rows of a batch, each row's own: whatever is drawn beside it, and in whatever order."""
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Numbers [B, *shape], float64, uniform in (0, 1), on the model's device; every call gives others.
+
+        A row's are a function of the run's seed and its example's id. Those of a smaller first axis are the first of those of a
+        larger one, so that padding does not change them. `torch.special.ndtri` makes normal numbers of them, and
+        `tasks.outputs.drawn_classes` classes.
+        """
+        ...
+
+
 class Samples(Task, Protocol):
     """A task that can also draw labels, for curvatures made of gradients; without it they are of the corpus's labels."""
 
-    def sampled(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    def sampled(self, model: nn.Module, batch: Batch, uniforms: Uniforms) -> Batch:
         """The batch with its labels drawn from what the model itself predicts; without gradients.
 
         The loss must be minus the logarithm of the probability that a label is drawn with: the mean over draws of g g' is
@@ -52,7 +64,7 @@ class Samples(Task, Protocol):
         Args:
             model: Base model in eval mode.
             batch: B examples; not changed.
-            generator: All randomness must come from it; on the model's device.
+            uniforms: All randomness must come from it; given by this name.
         """
         ...
 

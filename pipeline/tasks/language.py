@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..batches import Ragged, Sequences
 from ..errors import ContractError
 from ..records import Column
-from .base import Batch
+from .base import Batch, Uniforms
 from .text import Text
 from .tokens import IGNORED, drawn_tokens, require_causal, token_losses
 
@@ -131,12 +131,12 @@ class CausalLM:
         """See Task: float64, from losses of tokens in float32 or better."""
         return _reduced(self.token_losses_BT(model, batch), batch["labels"][:, 1:], self.per_token)
 
-    def sampled(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    def sampled(self, model: nn.Module, batch: Batch, uniforms: Uniforms) -> Batch:
         """See Samples: every token that counts drawn given the text's own tokens before it."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         label_BT = batch["labels"]
         ahead_BT = torch.nn.functional.pad(label_BT[:, 1:], (0, 1), value=IGNORED)
-        drawn_BT = drawn_tokens(model, inputs, ahead_BT, generator)
+        drawn_BT = drawn_tokens(model, inputs, ahead_BT, uniforms)
         return {**batch, "labels": torch.cat([label_BT[:, :1], drawn_BT[:, :-1]], dim=1)}
 
     def token_losses_BT(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -221,10 +221,10 @@ class Seq2Seq:
         """Losses of the target's tokens in nats: [B, T]; 0 behind its end."""
         return token_losses(model, _decoder_inputs(model, batch), batch["labels"])
 
-    def sampled(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    def sampled(self, model: nn.Module, batch: Batch, uniforms: Uniforms) -> Batch:
         """See Samples: every token drawn given the target's own tokens before it, which stay what the decoder is given."""
         inputs = _decoder_inputs(model, batch)
-        return {**inputs, "labels": drawn_tokens(model, inputs, batch["labels"], generator)}
+        return {**inputs, "labels": drawn_tokens(model, inputs, batch["labels"], uniforms)}
 
     def token_ids_BT(self, batch: Batch) -> Tensor:
         """See SequenceTask."""

@@ -24,8 +24,8 @@ from ..forwards import replaced
 from ..layers import entries_of
 from ..numerics import to_loss_dtype
 from ..observe import say
-from .base import Batch
-from .outputs import logits_of
+from .base import Batch, Uniforms
+from .outputs import drawn_classes, halvings, logits_of
 
 IGNORED = -100
 """Label of a token whose loss does not count: what Hugging Face's models mean by it too."""
@@ -60,22 +60,24 @@ def token_losses(model: nn.Module, inputs: Batch, label_BT: Tensor) -> Tensor:
     return loss_BT.masked_scatter(counted_BT, loss_M)
 
 
-def drawn_tokens(model: nn.Module, inputs: Batch, label_BT: Tensor, generator: torch.Generator) -> Tensor:
+def drawn_tokens(model: nn.Module, inputs: Batch, label_BT: Tensor, uniforms: Uniforms) -> Tensor:
     """Labels [B, T] as the model would have them: each that is not IGNORED drawn from what it predicts there.
 
     Args:
         model: As `token_losses` takes it.
         inputs: As `token_losses` takes them.
         label_BT: Says what counts.
-        generator: All randomness comes from it; on the model's device.
+        uniforms: All randomness comes from it.
     """
     counted_BT = label_BT != IGNORED
     with torch.no_grad():
         logits_MV = _logits(model, inputs)[counted_BT]
-        size = max(1, CHUNK_BYTES // (logits_MV.shape[-1] * 4))
+        vocabulary = logits_MV.shape[-1]
+        uniform_ML = uniforms(label_BT.shape[1], halvings(vocabulary))[counted_BT]
+        size = max(1, CHUNK_BYTES // (vocabulary * 4))
         drawn = [
-            torch.multinomial(to_loss_dtype(piece_MV).softmax(dim=-1), 1, generator=generator)[:, 0]
-            for piece_MV in logits_MV.split(size)
+            drawn_classes(to_loss_dtype(piece_MV).softmax(dim=-1), uniform_mL)
+            for piece_MV, uniform_mL in zip(logits_MV.split(size), uniform_ML.split(size), strict=True)
         ]
     return label_BT.masked_scatter(counted_BT, torch.cat(drawn))
 

@@ -145,8 +145,49 @@ def test_workers_together_find_what_one_finds(tmp_path):
             torch.testing.assert_close(solved, alone.solve(vectors(model), DAMPING), rtol=1e-9, atol=1e-12)
 
 
+def cut(batch, each):
+    rows = len(batch["label"])
+    parts = [{name: value[i : i + each] for name, value in batch.items()} for i in range(0, rows, each)]
+    return Sample(parts, rows)
+
+
+@every_model
+def test_batches_do_not_show(make):
+    """What is kept is chosen of all rows: one batch of them, some of 7 and some of 1 give the same, to rounding."""
+    model, batch = made(make, rows=30)
+    expected = of(model, cut(batch, 30))
+    for each in (7, 1):
+        found = of(model, cut(batch, each))
+        assert expected.rows == found.rows
+        torch.testing.assert_close(found.product(vectors(model)), expected.product(vectors(model)))
+        torch.testing.assert_close(found.solve(vectors(model), DAMPING), expected.solve(vectors(model), DAMPING))
+
+
+@pytest.mark.parametrize("each", [1, 4, 40])
+def test_nor_do_they_where_some_of_a_sample_will_do(each, monkeypatch):
+    """Rows are taken as long as there is room, not batches: 27 of 40, as a sample of these alone."""
+    model, batch = made(convolution, rows=40)
+    first = {name: value[:27] for name, value in batch.items()}
+    monkeypatch.setattr(kernel, "ENOUGH_ROWS", 20)
+    monkeypatch.setattr(kernel, "MOST_ROWS", of(model, cut(first, 27)).rows)
+    found = Kernel(model, TASK, Parameters(model), cut(batch, each), some=True)
+    assert 27 <= found.of < 40
+    alone = of(model, cut({name: value[: found.of] for name, value in batch.items()}, 40))
+    torch.testing.assert_close(found.solve(vectors(model), DAMPING), alone.solve(vectors(model), DAMPING))
+
+
+def test_a_batch_of_which_nothing_is_kept_counts_all_the_same():
+    """Rows that the model is certain of do not bend: they have no rows of S, and are in the mean."""
+    model, batch = made(lambda: nn.Linear(4, 3))
+    certain = {"features": 1e5 * batch["features"], "label": batch["label"]}
+    found = of(model, Sample([certain, batch], 48))
+    assert (48, [1]) == (found.of, [part.number for part in found.parts])
+    exact = product(model, TASK, Parameters(model), Sample([batch], 24), vectors(model)) / 2
+    assert (exact - found.product(vectors(model))).norm() < 0.3 * exact.norm()
+
+
 def test_some_of_a_sample_will_do_if_they_are_enough(monkeypatch):
-    """The first batches that there is room for, as if there were no others; too few of them are none."""
+    """The first rows that there is room for, as if there were no others; too few of them are none."""
     model, batch = made(convolution, rows=40)
     parts = [{name: value[i : i + 10] for name, value in batch.items()} for i in range(0, 40, 10)]
     whole = Sample(parts, 40)
@@ -155,10 +196,10 @@ def test_some_of_a_sample_will_do_if_they_are_enough(monkeypatch):
     with pytest.raises(TooLargeError):
         of(model, whole)
     found = Kernel(model, TASK, Parameters(model), whole, some=True)
-    assert 30 == found.of
-    alone = of(model, Sample(parts[:3], 30))
+    assert 30 <= found.of < 40
+    alone = of(model, cut({name: value[: found.of] for name, value in batch.items()}, 10))
     torch.testing.assert_close(found.solve(vectors(model), DAMPING), alone.solve(vectors(model), DAMPING))
-    monkeypatch.setattr(kernel, "ENOUGH_ROWS", 31)
+    monkeypatch.setattr(kernel, "ENOUGH_ROWS", found.of + 1)
     with pytest.raises(TooLargeError):
         Kernel(model, TASK, Parameters(model), whole, some=True)
 

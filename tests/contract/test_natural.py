@@ -16,7 +16,7 @@ from pipeline.curvatures.linearised import Linearised
 from pipeline.errors import ContractError, NumericsError
 from pipeline.producer_choices import Natural as NaturalSection
 from pipeline.producers.base import Setting
-from pipeline.producers.damping import START, SUPPORT, single_rows, supporting
+from pipeline.producers.damping import START, SUPPORT, single_examples, supporting
 from pipeline.producers.natural import Natural
 from pipeline.tasks.classification import Classification
 
@@ -306,7 +306,7 @@ def test_the_sample_supports_its_share_at_the_damping_chosen(exact):
     details = natural(iterations=60, tolerance=1e-9).fit(setting).details
     whole_PP, damping = matrix(model, batch), details["damping"]
     norms, parts = [], []
-    for row in single_rows(setting.probe, 10):
+    for (row,) in single_examples(setting.probe, 10):
         slope_P = setting.slope(Parameters(model), row)
         step_P = torch.linalg.solve(whole_PP + damping * torch.eye(len(slope_P), dtype=torch.float64), slope_P)
         norms.append(float(slope_P @ step_P) ** 0.5)

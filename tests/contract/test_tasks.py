@@ -14,6 +14,8 @@ from torch import nn
 
 from pipeline import tasks
 from pipeline.choices import CausalLMTask, ClassificationTask, Seq2SeqTask
+from pipeline.curvatures.fisher import RowUniforms
+from pipeline.curvatures.rows import as_rows
 from pipeline.errors import ContractError, SpecError
 from pipeline.extensions import load_task
 from pipeline.tasks.classification import FEW_CLASSES, cross_entropy
@@ -110,6 +112,10 @@ def losses(case, batch, model=None):
         return load_task(case.section()).loss_B(model or case.model(), batch)
 
 
+def uniforms(batch):
+    return RowUniforms(as_rows(batch), 1, 0, torch.device("cpu"))
+
+
 def test_every_task_is_under_contract():
     """A new word in the table gets its row here."""
     assert set(tasks.BUILTIN) == set(CASES)
@@ -136,9 +142,9 @@ def test_a_loss_is_that_of_its_example_alone(case):
 
 @every_task
 def test_labels_are_drawn_where_they_count_and_nowhere_else(case):
-    """From the generator alone; what the model is given stays, and the losses are those of the labels drawn."""
+    """By the numbers alone; what the model is given stays, and the losses are those of the labels drawn."""
     task, model, batch = load_task(case.section()), case.model(), case.spoil(case.batch(20), 3)
-    drawn, again = (task.sampled(model, batch, torch.Generator().manual_seed(1)) for _ in range(2))
+    drawn, again = (task.sampled(model, batch, uniforms=uniforms(batch)) for _ in range(2))
     assert all(torch.equal(drawn[name], again[name]) for name in drawn)
     label = "label" if "label" in batch else "labels"
     assert all(torch.equal(drawn[name], value) for name, value in batch.items() if name != label)
@@ -154,7 +160,7 @@ def test_labels_are_drawn_as_the_model_predicts(case):
     """The mean loss of what is drawn for 1,000 copies of a row is the entropy of what is predicted, within 3 %."""
     task, model, batch = load_task(case.section()), case.model(), case.batch(1)
     copies = {name: value.expand(1000, *value.shape[1:]) for name, value in batch.items()}
-    drawn = task.sampled(model, copies, torch.Generator().manual_seed(1))
+    drawn = task.sampled(model, copies, uniforms=uniforms(copies))
     label, labels = ("label", CLASSES) if "label" in batch else ("labels", VOCABULARY)
     each = {name: value[:1].expand(labels, *value.shape[1:]) for name, value in drawn.items()}
     each[label] = torch.arange(labels).reshape(-1, *[1] * (each[label].ndim - 1)).expand(each[label].shape)

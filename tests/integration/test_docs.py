@@ -9,8 +9,10 @@ import pytest
 
 from jobs import schemas
 from pipeline import records
+from pipeline.freeze import freeze
 from pipeline.frozen import open_run
 from pipeline.run import finish
+from pipeline.tuner import Tuner
 from tests.conftest import run_without_ray
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +80,17 @@ def test_the_task_and_producer_in_the_docs_work(make_spec, tmp_path, monkeypatch
     meta = run.counterpart_meta("copy-of-3")
     assert meta["details"]["gradient_norm"] > 0
     assert meta["query_loss_after_nats"] > meta["query_loss_before_nats"]
+
+
+def test_the_task_in_the_docs_draws_labels(make_spec, tmp_path, monkeypatch, capsys):
+    """pipeline/README.md's `sampled` serves a curvature that is made of gradients; nothing is said of true labels."""
+    (tmp_path / "my_task.py").write_text(blocks(INSIDE, "python")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("my_task", None)
+    task = blocks(INSIDE, "yaml")[0].strip().replace("task: ", "task=", 1)
+    run = freeze(make_spec(task, "producer={name: natural, curvature: diagonal, sample_rows: 64, damping: 0.1}"))
+    assert [] == Tuner(run, "cpu").tune_all(run.query_ids[:1])
+    assert "has no method `sampled`" not in capsys.readouterr().err
 
 
 def test_the_docs_links_lead_somewhere():

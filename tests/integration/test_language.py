@@ -5,8 +5,10 @@ import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -124,6 +126,27 @@ def test_other_shards_and_batches_give_the_same_scores(make):
     other = run_without_ray(make("score.shard_rows=30", "score.batch_tokens=1000", name="other"))
     for name in ("base_loss_per_token", "counterpart_loss_per_token", "score"):
         assert scores(one)[name].to_pylist() == pytest.approx(scores(other)[name].to_pylist(), abs=1e-5)
+
+
+def test_a_curvature_is_of_documents_however_they_are_cut_and_batched(make):
+    """Texts of one to four windows: the mean is over texts, and other batches and shards give the same scores, to rounding."""
+    fields = ("task.overlong=windows", "task.max_tokens=24", "score.way=gradient")
+    fields += ("producer={name: natural, curvature: ekfac, damping_share: 0.1, sample_rows: 30}",)
+    short = "queries.uri=" + str(_short_queries(make))
+    one = run_without_ray(make(*fields, short, name="one"))
+    other = run_without_ray(make(*fields, short, "score.shard_rows=30", "score.batch_tokens=1000", name="other"))
+    setting = Tuner(other, "cpu")._setting(0)
+    assert len(TEXTS) == setting.sample.rows < sum(len(rows.weight_B) for rows in setting.sample.batches)
+    assert len(TEXTS) == pytest.approx(sum(rows.weight_B.sum() for rows in setting.sample.batches))
+    found, again = (np.array(scores(run)["score"].to_pylist()) for run in (one, other))
+    np.testing.assert_allclose(found, again, atol=1e-4 * np.abs(found).max())
+
+
+def _short_queries(make):
+    """Queries that are not split."""
+    path = Path(make().run.uri).parent / "short.parquet"
+    pq.write_table(pa.table({"query_id": ["a", "b"], "text": ["Ada was born in Oslo.", "Emil lives in Quito."]}), path)
+    return path
 
 
 def test_base_losses_of_windows_are_found_again(make, folder, tmp_path):

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from pipeline.audit import audit
 from pipeline.errors import SpecError
@@ -82,21 +84,38 @@ def test_other_batches_are_another_run_but_nearly_the_same_scores(make_spec):
     assert ours["change_norm"] == pytest.approx(theirs["change_norm"], rel=1e-3)
 
 
+@pytest.mark.parametrize("curvature", ["diagonal", "gfim"])
+def test_labels_are_drawn_by_the_ids_of_rows(curvature, make_spec):
+    """What is fitted does not depend on batches and shards; with another seed other labels are drawn."""
+    producer = f"producer={{name: natural, sample_rows: 64, curvature: {curvature}, damping: 0.01}}"
+    others = ("score.batch_rows=8", "score.batch_rows=512", "score.shard_rows=50", "seed=1")
+    tensors = []
+    for number, other in enumerate(("seed=0", *others)):
+        run = freeze(make_spec(producer, other, name=f"run-{number}"))
+        tuner = Tuner(run, "cpu")
+        tuner.tune_all(run.query_ids[:1])
+        tensors.append(load(run.fitted()[0]))
+    for found in tensors[1:-1]:
+        for name, tensor in tensors[0].items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-7)
+    assert any(not torch.allclose(tensors[-1][name], tensor, rtol=0.01) for name, tensor in tensors[0].items())
+
+
 def test_a_sample_has_two_parts_that_share_no_row(make_spec):
     """Of 64 rows half is the probe; the same at every start."""
     run = freeze(make_spec(NATURAL))
     task = Tuner(run, "cpu")._task
     drawn, again = draw_sample(run, task, 64), draw_sample(run, task, 64)
-    assert (32, 32) == tuple(part.items for part in drawn)
-    parts = [part.whole()["features"] for part in drawn]
+    assert (32, 32) == tuple(part.inputs.items for part in drawn)
+    parts = [part.inputs.whole()["features"] for part in drawn]
     assert 64 == len({row.tobytes() for part in parts for row in part})
-    assert (parts[1] == again[1].whole()["features"]).all()
+    assert (parts[1] == again[1].inputs.whole()["features"]).all()
 
 
 def test_of_a_tiny_corpus_the_sample_is_all(small, tmp_path):
     """13 rows of which one cannot be decoded."""
     run = freeze(small.spec(tmp_path / "run"))
-    assert [6, 6] == [part.items for part in draw_sample(run, Tuner(run, "cpu")._task, 4096)]
+    assert [6, 6] == [part.inputs.items for part in draw_sample(run, Tuner(run, "cpu")._task, 4096)]
 
 
 def test_a_shared_model_is_refused_before_any_work(make_spec):
