@@ -32,11 +32,12 @@ SetOption = Annotated[
 
 
 class Transform(StrEnum):
-    """What the score is turned into before sorting."""
+    """What is sorted by."""
 
     signed = "signed"
     absolute = "absolute"
     relative = "relative"
+    counterpart_loss = "counterpart_loss"
 
 
 @app.command()
@@ -94,7 +95,9 @@ def status(run_uri: RunArgument) -> None:
 def rank(
     run_uri: RunArgument,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Proponents, and opponents, per query.")] = None,
-    transform: Annotated[Transform | None, typer.Option(help="signed, absolute, or relative to the base loss.")] = None,
+    transform: Annotated[
+        Transform | None, typer.Option(help="signed, absolute, relative to the base loss, or counterpart_loss.")
+    ] = None,
     eps: Annotated[float | None, typer.Option(min=1e-12, help="Added to the base loss by `relative`, in nats.")] = None,
     fraction: Annotated[
         float | None, typer.Option(min=1e-9, max=1, help="Also write topk/selected/: this top share of every source.")

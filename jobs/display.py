@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import checkpoints, forecast, noise, phases, storage
+from pipeline import checkpoints, forecast, noise, phases, storage, topk
 from pipeline.artifacts import Run
 from pipeline.checks import Audit
 from pipeline.choices import HfTransformers, LanguageTask, TorchModule
@@ -54,7 +54,7 @@ def show_run(run: Run, query: str | None = None, top: int = SHOWN) -> None:
     if query is not None and query not in run.query_ids:
         raise InputError(f"{run.uri()} has no query {query!r}; it has {', '.join(run.query_ids[:20])}")
     plain = plain_payload(ranked)
-    table = Table(title=f"{meta['examples']:,} examples, {meta['transform']} score", title_justify="left")
+    table = Table(title=f"{meta['examples']:,} examples, {topk.described(meta['transform'])}", title_justify="left")
     numbers = number_columns(ranked.schema.names)
     for name in ("query", "side", "rank", "example_id", *plain, *numbers):
         table.add_column(name, justify="left" if name in ("query", "side", "example_id", *plain) else "right")
@@ -134,7 +134,7 @@ def show_plan(run: Run, plan: Plan, predicted: forecast.Forecast | None = None) 
         "ray": spec.resources.address or "RAY_ADDRESS, else embedded on this machine",
         "tune": f"{min(tune.workers, plan.queries)} workers x {cpus}, {tune.gpus:g} GPU",
         "score": f"{actors} x {score.cpus:g} CPU, {score.gpus:g} GPU",
-        "rank": f"{spec.rank.k} per side and query, {spec.rank.transform} score",
+        "rank": f"{spec.rank.k} per side and query, {topk.described(spec.rank.transform)}",
         **(forecast.lines(predicted) if predicted else {}),
         "fingerprint": run.resolved.fingerprint,
         **({"hint": hint} if (hint := _hint(run)) else {}),

@@ -21,7 +21,7 @@ from .freeze import query_ids_of, require_apart, require_same_files
 from .frozen import create_addition, open_alone, open_run
 from .observe import say
 from .plan import added_fingerprint, make_shards
-from .queries import checked_queries
+from .queries import checked_queries, require_enough_rows
 from .works import Addition, Manifest
 
 
@@ -103,6 +103,7 @@ def _new_queries(run: Run, uri: str) -> tuple[pa.Table | None, str | None]:
         return None, None
     with as_frozen(run):
         queries = checked_queries(section, run.columns, run.spec.corpus.classes, load_task(run.spec.task))
+    require_enough_rows(queries, run.spec.producer)
     if known := [query_id for query_id in query_ids_of(queries) if query_id in run.query_ids]:
         raise InputError(
             f"{uri}: {len(known)} query ids are in the run already, first {known[0]!r}",

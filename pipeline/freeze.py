@@ -41,12 +41,13 @@ from .frozen import (
 from .importing import user_code
 from .observe import say
 from .plan import Plan, fingerprint, identity, make_plan, make_shards, shard_rows
-from .queries import checked_queries
+from .queries import checked_queries, require_enough_rows
 from .reader import Reader
 from .records import RANKED, stored
 from .sections import Section
 from .spec import Member, Resolved, Spec
 from .specfile import changed_fields
+from .topk import require_fitting
 from .versions import versions, warn_of_changes
 from .works import Addition, Manifest
 
@@ -88,6 +89,8 @@ def _open_or_survey(spec: Spec) -> tuple[Run, bool]:
 
     A run that has committed nothing yet makes way for another spec, so that a mended one can have its folder.
     """
+    if spec.rank.transform == "counterpart_loss":
+        require_fitting(spec.rank.transform, load_producer(spec.producer).direction)
     require_apart(
         spec.run.uri, {"corpus.uri": spec.corpus.uri, "queries.uri": spec.queries.uri if spec.queries else None}
     )
@@ -124,6 +127,7 @@ def _survey(spec: Spec) -> Run:
         queries = pa.table({"query_id": [spec.producer.implementation]})
     else:
         queries = checked_queries(spec.queries, columns, corpus.resolved.classes, task)
+        require_enough_rows(queries, spec.producer)
     query_ids = query_ids_of(queries)
     rows_each = shard_rows(spec, sum(one.rows for one in measured), columns)
     shards = make_shards(measured, rows_each)

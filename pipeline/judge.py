@@ -141,7 +141,7 @@ class Judge(Section):
     truth: TruthSection | None = None
     """Retrieval of what is known to be behind the queries. Null: not asked."""
     mislabelled: MislabelledSection | None = None
-    """Detection of wrong labels by opponents. Null: not asked."""
+    """Detection of wrong labels by opponents, beside detection by the runs' base losses. Null: not asked."""
     resources: ResourcesSection = ResourcesSection()
     """What retrainings ask of Ray: workers as `resources.score` says."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -15,8 +15,8 @@ from . import storage
 from .artifacts import Run
 from .errors import InputError
 from .folder import partition, table_of
-from .records import LOSSES
-from .topk import transform_value
+from .records import SCORES
+from .topk import values
 
 COLUMNS = ("query_id", "example_id", "score")
 
@@ -30,32 +30,34 @@ class Matrix:
         score_QN: Signed scores, higher = more helpful.
         value_QN: What the method ranks by.
         transform: How it got there.
+        base_loss_N: The examples' base losses, in nats, which no query moves; null where another tool made the scores.
     """
 
     name: str
     score_QN: np.ndarray
     value_QN: np.ndarray
     transform: str
+    base_loss_N: np.ndarray | None = None
 
 
 def of_run(name: str, run: Run, query_ids: Sequence[str], id_N: np.ndarray) -> Matrix:
     """A finished run's scores. Raises InputError, ArtifactError: it lacks an example or a query, or is damaged."""
     rank = run.spec.rank
     score_QN = np.full((len(query_ids), len(id_N)), np.nan)
-    value_QN = score_QN.copy()
+    value_QN, base_loss_N = score_QN.copy(), np.full(len(id_N), np.nan)
     place = _Places(id_N)
     for receipt in run.complete_receipts():
         for q, query_id in enumerate(query_ids):
             path = f"scores/{partition(query_id)}/{receipt.name}.parquet"
             if path not in receipt.files:
                 continue
-            table = run.read_shard(receipt, path)
-            base_loss = next(column for column in table.column_names if column.startswith(LOSSES[0]))
-            at, score = place.of(table["example_id"]), table["score"].to_numpy()
-            score_QN[q, at] = score
-            value_QN[q, at] = transform_value(score, table[base_loss].to_numpy(), rank.transform, rank.eps)
+            table = run.read_shard(receipt, path).rename_columns(SCORES.names)  # losses of texts have other names
+            at = place.of(table["example_id"])
+            score_QN[q, at] = table["score"].to_numpy()
+            value_QN[q, at] = values(table, rank.transform, rank.eps)
+            base_loss_N[at] = table["base_loss"].to_numpy()
     _require_all(run.uri(), score_QN, query_ids, id_N)
-    return Matrix(name, score_QN, value_QN, rank.transform)
+    return Matrix(name, score_QN, value_QN, rank.transform, base_loss_N)
 
 
 def of_file(name: str, uri: str, query_ids: Sequence[str], id_N: np.ndarray) -> Matrix:

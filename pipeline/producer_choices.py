@@ -138,6 +138,11 @@ class Finetune(Steps):
     """Scale every gradient to length 1. Descent cannot run away below zero loss."""
     max_loss_change: _NotNegative = 0.0
     """No further step once the query's mean loss has moved by so much, in nats. 0: all steps."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a query's rows on which no step is taken, drawn by seed, at least one: the counterpart is the model after the step
+    at which their mean loss is lowest. Every query then needs 2 rows or more. 0: none; the model after the last step."""
+    patience: _Count = 10
+    """With `validation_fraction`: end after so many steps without a lower held-out loss."""
 
 
 class Retain(Tuning):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
+from .choices import ProducerSection
 from .decode import decode
 from .errors import InputError
 from .extensions import prepared
@@ -77,6 +79,18 @@ def checked_queries(
                 f"warning: query {query_id!r}: {inputs.overlong} of its rows are longer than task.max_tokens and were cut"
             )
     return table
+
+
+def require_enough_rows(table: pa.Table, producer: ProducerSection) -> None:
+    """See that of every query some rows can be held out, if the producer wants that. Raises InputError."""
+    if not getattr(producer, "validation_fraction", 0):
+        return
+    for query_id, rows in Counter(table["query_id"].to_pylist()).items():
+        if rows < 2:
+            raise InputError(
+                f"query {query_id!r}: got {rows} row, expected 2 or more: producer.validation_fraction holds some of them out",
+                "give the same query_id to all rows of a query, or set producer.validation_fraction to 0",
+            )
 
 
 def query_inputs(table: pa.Table, columns: Sequence[Column], task: Task) -> dict[str, Inputs]:

@@ -32,8 +32,8 @@ TRIES = 8
 SHARDS_AT_ONCE = 256
 ROWS_AT_ONCE = 1 << 20
 """Shards whose partials are merged at a time, and rows of them: memory is this much, whatever the number of shards."""
-SUMMED = ["example_id", "source", "query_id", "base_loss", "score"]
-"""Columns of scores/ that source sums are made of."""
+SUMMED = ["example_id", "source", "query_id"]
+"""Columns of scores/ that source sums are made of, beside those that decide a row's value."""
 
 
 def rank(run: Run) -> pa.Table:
@@ -47,8 +47,11 @@ def rank_with_meta(run: Run) -> tuple[pa.Table, dict[str, Any]]:
     Raises:
         ArtifactError: Shards are missing, an artifact is not what was committed, or others write rankings all the time.
         InputError: Too many rows were rejected, or the corpus changed, so that payload cannot be fetched.
+        SpecError: The transform does not go with the producer.
     """
     section = run.spec.rank
+    if section.transform == "counterpart_loss":  # of a finished run any transform may be asked for
+        topk.require_fitting(section.transform, run.counterpart_meta(run.query_ids[0])["direction"])
     merging, floor = _Merging(run), noise.Floor()
     scored = rejects = 0
     for receipts in _some_at_once(run, run.complete_receipts()):
@@ -152,7 +155,7 @@ class _Merging:
         same = {"query_id": query_id, "shard_id": receipt.shard_id, **({} if summed else {"source": None})}
         with ScoreFile(self._run.uri(path), receipt.rows, receipt.files[path]["bytes"], same) as file:
             if summed:
-                thin = self._feed(file, file.groups, query_id, SUMMED)
+                thin = self._feed(file, file.groups, query_id, [*SUMMED, *topk.deciding(section.transform)])
                 return topk.source_sums(topk.with_value(thin, section.transform, section.eps))
             ends = sorted(
                 {file.groups[0], file.groups[-1]}
@@ -172,12 +175,11 @@ class _Merging:
         return thin
 
     def _may_reach(self, file: ScoreFile, group: int, query_id: str) -> bool:
-        score, base_loss = file.range(group, "score"), file.range(group, "base_loss")
+        transform = self._section.transform
+        score, loss = (file.range(group, name) for name in ("score", topk.deciding(transform)[-1]))
         if score is None:
             return True
-        return self._running[query_id].may_reach(
-            *topk.value_range(score, base_loss, self._section.transform, self._section.eps)
-        )
+        return self._running[query_id].may_reach(*topk.value_range(score, loss, transform, self._section.eps))
 
     def top(self) -> pa.Table:
         """The k strongest rows of every query and side, as `merge_topk` sorts them."""

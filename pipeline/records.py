@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-Transform = Literal["signed", "absolute", "relative"]
+Transform = Literal["signed", "absolute", "relative", "counterpart_loss"]
 Side = Literal["proponent", "opponent"]
 
 PARQUET_OPTIONS: dict[str, Any] = {
@@ -48,7 +48,12 @@ _SCORE = ("score", pa.float32(), False, _SCORE_TEXT)
 _NUM_TOKENS = ("num_tokens", pa.int32(), True, "Tokens whose loss counts; null where examples are no texts.")
 _SHARD_ID = ("shard_id", pa.int32(), False, "Shard of the manifest that holds the example.")
 _ROW = ("row", pa.int64(), False, "Position of the example in its corpus file, from 0.")
-_VALUE = ("value", pa.float32(), False, "The score after the transform named in topk/meta.json; what is sorted.")
+_VALUE = (
+    "value",
+    pa.float32(),
+    False,
+    "What the transform named in topk/meta.json makes of the row's score and losses; what is sorted.",
+)
 _SIDE = ("side", pa.string(), False, "`proponent` (high value) or `opponent` (low value).")
 
 # Dictionary-encoded in scores/ alone: pyarrow and pandas read the partition folder as that type, and refuse the folder where

@@ -25,6 +25,7 @@ from .folder import PAGE_COMMENT, with_digest_line
 from .observe import printable, without_controls
 from .picture import Strip, Tile, contact_sheet, picture_of, to_png
 from .records import LOSSES, RANKED, Column
+from .topk import described
 
 SHEET_TILES = 8
 """Examples per side on the contact sheet; the page shows all."""
@@ -127,7 +128,7 @@ def _page(run: Run, ranked: pa.Table, meta: dict[str, Any], image: Column | None
         f"{meta['examples']:,} training examples scored, {meta['rejects']:,} rejected",
         f"{len(run.query_ids)} queries",
         f"producer {run.spec.producer.implementation}",
-        f"ranked by the {meta['transform']} score, {meta['k']} per side",
+        f"ranked by {described(meta['transform'])}, {meta['k']} per side",
         f"seed {run.spec.seed}",
         *([f"mean of {number_of_members(run)} models"] if number_of_members(run) else []),
     ]

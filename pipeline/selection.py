@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 from . import storage
 from .artifacts import Run
 from .folder import parallel, partition
-from .records import LOSSES, SCORES, SELECTED, stored
+from .records import SCORES, SELECTED, stored
 from .topk import value_sql
 
 FOLDER = "selected"
@@ -58,8 +58,8 @@ def _selected(run: Run, query_id: str, paths: Sequence[str]) -> dict[str, str]:
     section, written = run.spec.rank, {}
     filesystem, root = storage.data_filesystem(run.uri())
     scores = ds.dataset([f"{root}/{path}" for path in paths], filesystem=filesystem, format="parquet")
-    base_loss = stored(SCORES, run.per_token).names[SCORES.get_field_index(LOSSES[0])]
-    value = value_sql(section.transform, section.eps, base_loss)
+    names = dict(zip(SCORES.names, stored(SCORES, run.per_token).names, strict=True))
+    value = value_sql(section.transform, section.eps, names)
     with duckdb.connect() as connection:
         connection.register("scores", scores)
         sql = _SQL.format(value=value, fraction=f"{section.fraction:.12f}")

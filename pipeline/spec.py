@@ -131,7 +131,9 @@ class RankSection(Section):
     """Proponents, and opponents, per query."""
     transform: Transform = "signed"
     """`signed` ranks by score; `absolute` by its size (the paper's, which has no opponents); `relative` by
-    score / (base_loss + eps), which finds near-copies best."""
+    score / (base_loss + eps), which finds near-copies best; `counterpart_loss` by minus the loss under the counterpart, whatever
+    it was under the base: the opponents are what a model fine-tuned on clean rows finds hardest, such as wrong labels. It wants
+    a producer whose query's loss falls (`finetune`, `reference`)."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Also write topk/selected/: this share of the examples of every source, those of highest value, as filters keep them. Null:
     no such table."""

@@ -6,25 +6,27 @@ Order is total: by value, then by example_id, so ties always fall the same way.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .errors import SpecError
 from .records import PARTIAL_TOPK, RANKED, SOURCES, Side, Transform
 
 PENDING_PER_K = 16
 """Rows that a RunningTopk holds back before it sorts them, per k."""
 
 
-def transform_value(score_N: np.ndarray, base_loss_N: np.ndarray, transform: Transform, eps: float) -> np.ndarray:
+def transform_value(score_N: np.ndarray, loss_N: np.ndarray, transform: Transform, eps: float) -> np.ndarray:
     """What is sorted: [N] float32.
 
     Args:
         score_N: Scores, in nats.
-        base_loss_N: Base losses, in nats.
-        transform: `signed`: the score; `absolute`: its size (Ko et al. 2024); `relative`: score / (base_loss + eps).
+        loss_N: Losses in nats, where `deciding` names some: base losses for `relative`, else the counterpart's.
+        transform: `signed`: the score; `absolute`: its size (Ko et al. 2024); `relative`: score / (base_loss + eps);
+            `counterpart_loss`: minus that loss.
         eps: Added to the base loss by `relative`, in nats.
     """
     match transform:
@@ -33,13 +35,22 @@ def transform_value(score_N: np.ndarray, base_loss_N: np.ndarray, transform: Tra
         case "absolute":
             return np.abs(score_N).astype(np.float32)
         case "relative":
-            return (score_N.astype(np.float64) / (base_loss_N.astype(np.float64) + eps)).astype(np.float32)
+            return (score_N.astype(np.float64) / (loss_N.astype(np.float64) + eps)).astype(np.float32)
+        case "counterpart_loss":
+            return (0 - loss_N).astype(np.float32)  # 0 - 0, where -0 would be a negative zero
 
 
 def value_range(
-    score: tuple[float, float], base_loss: tuple[float, float] | None, transform: Transform, eps: float
+    score: tuple[float, float], loss: tuple[float, float] | None, transform: Transform, eps: float
 ) -> tuple[float, float]:
-    """Lowest and highest value that rows can have whose columns lie in these ranges (lowest, highest); perhaps infinite."""
+    """Lowest and highest value that rows can have whose columns lie in these ranges (lowest, highest); perhaps infinite.
+
+    Args:
+        score: Range of the scores.
+        loss: Range of the losses that `transform_value` takes; null if it is not known.
+        transform: As of `transform_value`.
+        eps: As of `transform_value`.
+    """
     low, high = score
     match transform:
         case "signed":
@@ -47,28 +58,53 @@ def value_range(
         case "absolute":
             return 0.0, max(abs(low), abs(high))
         case "relative":
-            if base_loss is None or base_loss[0] + eps <= 0:
+            if loss is None or loss[0] + eps <= 0:
                 return -np.inf, np.inf
-            corners = transform_value(
-                np.array([low, low, high, high]), np.array([*base_loss, *base_loss]), transform, eps
-            )
+            corners = transform_value(np.array([low, low, high, high]), np.array([*loss, *loss]), transform, eps)
             return float(corners.min()), float(corners.max())
+        case "counterpart_loss":
+            return (-np.inf, np.inf) if loss is None else (-loss[1], -loss[0])
 
 
-def value_sql(transform: Transform, eps: float, base_loss: str) -> str:
-    """`transform_value` as an SQL expression over columns `score` and, by whatever name, the base loss."""
+def value_sql(transform: Transform, eps: float, stored_names: Mapping[str, str]) -> str:
+    """`transform_value` as an SQL expression over a score file, whose losses may have other names there than in SCORES."""
     match transform:
         case "signed":
             return "score"
         case "absolute":
             return "abs(score)"
         case "relative":
-            return f"(score::DOUBLE / ({base_loss}::DOUBLE + {eps!r}))::FLOAT"
+            return f"(score::DOUBLE / ({stored_names['base_loss']}::DOUBLE + {eps!r}))::FLOAT"
+        case "counterpart_loss":
+            return f"(0 - {stored_names['counterpart_loss']})::FLOAT"
 
 
 def transform_name(transform: Transform, eps: float) -> str:
     """A transform with its parameter, as commits and tables name it."""
     return f"relative:{eps:g}" if transform == "relative" else transform
+
+
+def described(name: str) -> str:
+    """A transform's name in a sentence on what is ranked by."""
+    return "minus the counterpart's loss" if name == "counterpart_loss" else f"{name} score"
+
+
+def require_fitting(transform: Transform, direction: int) -> None:
+    """See that high values mean helpful examples.
+
+    Args:
+        transform: What is ranked by.
+        direction: The producer's.
+
+    Raises:
+        SpecError: The counterpart's loss is ranked by, and the query's loss rises under it.
+    """
+    if transform == "counterpart_loss" and direction != -1:
+        raise SpecError(
+            f"rank.transform: counterpart_loss wants a producer of direction -1, whose counterpart fits what is like the query; "
+            f"got one of direction {direction}",
+            "use producer finetune, or transform signed, absolute or relative",
+        )
 
 
 def sides(transform: Transform) -> tuple[Side, ...]:
@@ -78,13 +114,14 @@ def sides(transform: Transform) -> tuple[Side, ...]:
 
 def deciding(transform: Transform) -> list[str]:
     """Columns of SCORES that a row's value is made of."""
-    return ["score", "base_loss"] if transform == "relative" else ["score"]
+    losses: dict[Transform, list[str]] = {"relative": ["base_loss"], "counterpart_loss": ["counterpart_loss"]}
+    return ["score", *losses.get(transform, [])]
 
 
 def values(scores: pa.Table, transform: Transform, eps: float) -> np.ndarray:
     """Values of rows that have the `deciding` columns: [N] float32."""
-    score_N, base_loss_N = (scores[name].to_numpy() for name in ("score", deciding(transform)[-1]))
-    return transform_value(score_N, base_loss_N, transform, eps)
+    score_N, loss_N = (scores[name].to_numpy() for name in ("score", deciding(transform)[-1]))
+    return transform_value(score_N, loss_N, transform, eps)
 
 
 def with_value(scores: pa.Table, transform: Transform, eps: float) -> pa.Table:

@@ -5,12 +5,18 @@ Shapes: Q queries, N examples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from . import evaluate, figures
 from .case import Case, Judgement, Row, best_first, labelled, read_table, spread
 from .errors import InputError
 from .evaluate import Detection
+from .matrices import Matrix
+
+BASE_LOSS = "base loss"
+"""The method that needs no counterpart: what the model has not learned, or learned last, is suspicious."""
 
 
 def truth(case: Case) -> Judgement:
@@ -37,11 +43,16 @@ def truth(case: Case) -> Judgement:
 
 
 def mislabelled(case: Case) -> Judgement:
-    """Do opponents of the queries together carry wrong labels? Raises InputError if no wrong label is known."""
+    """Do opponents of the queries together carry wrong labels, and examples of high base loss?
+
+    Raises:
+        InputError: No wrong label is known.
+    """
     wrong_N = case.wrong_N
+    suspicion = {labelled(each): -each.value_QN.mean(axis=0) for each in case.methods}
     curves: dict[str, Detection] = {
-        labelled(each): evaluate.detection(-each.value_QN.mean(axis=0), wrong_N, seed=case.judge.seed)
-        for each in case.methods
+        name: evaluate.detection(value_N, wrong_N, seed=case.judge.seed)
+        for name, value_N in (suspicion | _base_losses(case.methods)).items()
     }
     rows: list[Row] = [
         {"method": name, "auc": found.auc, **{f"found_in_{share:.0%}": part for share, part in found.found.items()}}
@@ -49,6 +60,20 @@ def mislabelled(case: Case) -> Judgement:
     ]
     title = f"Detection of {int(wrong_N.sum())} wrong labels among {len(wrong_N):,}, by opponents of {case.queries}"
     return Judgement("mislabelled", title, best_first(rows, "auc"), figures.found(curves, title))
+
+
+def _base_losses(methods: Sequence[Matrix]) -> dict[str, np.ndarray]:
+    """Base losses [N] of the runs by a name for the table; with names of runs where they differ, as by temperature."""
+    groups: list[tuple[np.ndarray, list[str]]] = []
+    for each in methods:
+        if each.base_loss_N is None:
+            continue
+        alike = (names for loss_N, names in groups if np.allclose(loss_N, each.base_loss_N, rtol=1e-3, atol=1e-6))
+        if (names := next(alike, None)) is not None:
+            names.append(each.name)
+        else:
+            groups.append((each.base_loss_N, [each.name]))
+    return {BASE_LOSS if len(groups) == 1 else f"{BASE_LOSS} ({', '.join(names)})": loss_N for loss_N, names in groups}
 
 
 def _true_pairs(case: Case, uri: str) -> np.ndarray:

@@ -57,6 +57,15 @@ def norm(tensor: Tensor) -> Tensor:
     return length.full_tensor() if hasattr(length, "full_tensor") else length
 
 
+def of_first(value: float) -> float:
+    """A measured number as the first worker has it, so that all decide alike by it, whatever rounding did to theirs."""
+    if not is_shared():
+        return value
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
 def is_first() -> bool:
     """Whether this is the worker that writes what all of them made."""
     return not is_shared() or dist.get_rank() == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,8 +95,24 @@ class Steps(Tuning):
     normalize: bool
     max_loss_change: float
 
-    def take(self, model: nn.Module, parameters: list[nn.Parameter], task: Task, query: Batch, sign: int) -> int:
+    def take(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        task: Task,
+        query: Batch,
+        sign: int,
+        after_step: Callable[[int], bool] | None = None,
+    ) -> int:
         """Move the parameters along `sign` times the gradient of the query's mean loss, in place; steps taken, at least one.
+
+        Args:
+            model: Tunable copy.
+            parameters: Those of it that move.
+            task: Says what a loss is.
+            query: Rows to take steps on.
+            sign: 1 to climb, -1 to descend.
+            after_step: Called with the number of steps taken so far; whether that was the last one. Null: all steps.
 
         Raises:
             NumericsError: The loss is not finite at some step, or the gradient vanishes.
@@ -114,6 +130,8 @@ class Steps(Tuning):
             if self.normalize:
                 scale_gradients(parameters)
             optimizer.step()
+            if after_step is not None and after_step(step + 1):
+                return step + 1
         return self.steps
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -132,7 +150,7 @@ def _hold_statistics(model: nn.Module, chosen: list[nn.Parameter]) -> None:
 
 def finite_loss(loss: Tensor, step: int, steps: int) -> float:
     """The query's loss before a step, counted from 0. Raises NumericsError if it is not finite."""
-    now = loss.item()
+    now = sharding.of_first(loss.item())
     if not math.isfinite(now):
         hint = "lower producer.lr" if step else _NO_LOSS
         raise NumericsError(f"the query's loss is {now} before step {step + 1} of {steps}", hint)

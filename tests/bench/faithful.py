@@ -14,17 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
-from sklearn.metrics import roc_auc_score
 
-from pipeline.artifacts import Run
 from pipeline.producer_choices import Retain
+from pipeline.truths import BASE_LOSS
 from tests.bench import faithful_blocks
 from tests.bench.faithful_digits import Digits
 from tests.bench.faithful_images import TRAININGS, Handwritten
+from tests.bench.faithful_labels import EPOCHS, RECIPE, labels, recipe
 from tests.bench.faithful_mirror import mirrors
 from tests.bench.faithful_tabular import Tabular
 from tests.bench.faithful_text import Questions, Text
@@ -62,11 +60,10 @@ TEXT: dict[str, Sections] = {
     "natural, ekfac, damping 1e-4": {"producer": {"name": "natural", "curvature": "ekfac", "damping": 1e-4}},
 }
 """Method -> sections of its spec, for single texts. Choosing a damping on all 500 rows takes a quarter of an hour of a core."""
-MISLABELLED = "finetune (mislabelled.yaml)"
 GROUP: dict[str, Sections] = {
     **DIGITS,
     "preset: paper": {"producer": {"preset": "paper"}, "rank": {}},
-    MISLABELLED: {"producer": {"name": "finetune", "steps": 100}, "task": {"temperature": 3}},
+    RECIPE: recipe(),
 }
 """Method -> sections of its spec, for a query of many clean digits."""
 EKFAC = ("kronfluence-ekfac", "kronfluence-ekfac-heuristic")
@@ -74,7 +71,6 @@ TEMPERED = ("kronfluence-identity", *EKFAC, "dattri-ekfac-mended")
 """Peers that are asked at our temperature as well."""
 LEAD = 0.03
 """Of LDS that the default should have over kronfluence, on texts and on classifiers other than digits."""
-EPOCHS = (30, 100)
 COLUMNS = {
     "lds": "LDS", "se": "s.e.", "leave_out": "rise without top 50", "tail_patch": "fall by a step", "top1": "copy first",
     "top5": "among five", "mrr": "facts, MRR", **{f"auc_{epochs}": f"wrong labels, AUC, {epochs} epochs" for epochs in EPOCHS},
@@ -132,13 +128,12 @@ def groups(world: Digits) -> Rows:
     """Method -> AUC of wrong labels found, by epochs of training; the base loss alone among them."""
     found: Rows = {}
     for epochs in EPOCHS:
-        flipped_N = world.flip(epochs)
-        asked = Asked("clean", f"flipped-{epochs}", "flipped")
+        asked = world.flip(epochs)
         timed = {name: run(world, name, sections, asked) for name, sections in GROUP.items()}
         truth = {"uri": str(world.folder / "flipped-ids.parquet")}
         judged = judge(world, asked.model, timed, {}, mislabelled=truth)
         auc = {name: float(_of(judged, name)["auc"]) for name in GROUP}
-        auc["base loss alone"] = _auc_of_base_loss(timed["preset: paper"].run, flipped_N)
+        auc["base loss alone"] = next(float(row["auc"]) for name, row in judged.items() if _is_at_temperature_1(name))
         for name, value in auc.items():
             found.setdefault(name, {})[f"auc_{epochs}"] = value
     return found
@@ -149,11 +144,9 @@ def _of(judged: Rows, name: str) -> Mapping[str, Any]:
     return next(row for label, row in judged.items() if label == name or label.startswith(f"{name} ("))
 
 
-def _auc_of_base_loss(run: Run, flipped_N: np.ndarray) -> float:
-    table = pq.read_table(run.uri("scores"), columns=["example_id", "base_loss"], partitioning=None)
-    return float(
-        roc_auc_score(flipped_N[np.array(table["example_id"].to_pylist(), int)], table["base_loss"].to_numpy())
-    )
+def _is_at_temperature_1(method: str) -> bool:
+    """Whether a row is that of the base losses which `preset: paper` has."""
+    return method.startswith(BASE_LOSS) and "preset: paper" in method
 
 
 def show(title: str, rows: Rows) -> None:
@@ -183,9 +176,7 @@ def bars(world: World, rows: Rows) -> list[Row]:
         at_least(f"{kind}: copies ranked first", ours["top1"], 0.75, conditions),
         at_least(f"{kind}: copies among five", ours["top5"], 0.95, conditions),
         *(
-            at_least(
-                f"{kind}: AUC of wrong labels, {epochs} epochs", rows[MISLABELLED][f"auc_{epochs}"], 0.98, conditions
-            )
+            at_least(f"{kind}: AUC of wrong labels, {epochs} epochs", rows[RECIPE][f"auc_{epochs}"], 0.98, conditions)
             for epochs in EPOCHS
         ),
     ]
@@ -259,8 +250,14 @@ def main() -> None:
     parser.add_argument(
         "--images", type=Path, help="also handwritten digits: `images` [N, 28, 28] and `labels`, as of MNIST"
     )
+    parser.add_argument(
+        "--labels", action="store_true", help="only wrong labels, three trainings each; with --images on those, too"
+    )
     parser.add_argument("--questions", type=Path, help="also questions: JSON lines with a text, as of TREC")
     given = parser.parse_args()
+    if given.labels:
+        labels(given.images)
+        return
     for name in SETUPS if given.only is None else (given.only,):
         SETUPS[name]()
     for kind in TRAININGS if given.images else ():

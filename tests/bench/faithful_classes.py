@@ -64,19 +64,25 @@ class Classes(ABC):
         self._table("copies", number_NF[copied], label_N[copied], query_id=[f"copy-{i}" for i in copied])
         pairs = {"query_id": [f"copy-{i}" for i in copied], "example_id": [str(i) for i in copied]}
         pq.write_table(pa.table(pairs), self.folder / "copies-truth.parquet")
-        safetensors.torch.save_file(self._trained().state_dict(), self.folder / "model.safetensors")
+        self.weights("model", 0)
 
     def _table(self, name: str, number_NF: np.ndarray, label_N: np.ndarray, **ids: list[str]) -> None:
         columns = {**ids, "numbers": list(number_NF), "label": label_N}
         pq.write_table(pa.table(columns), self.folder / f"{name}.parquet")
 
-    def _trained(self) -> nn.Module:
+    def weights(self, name: str, again: int) -> None:
+        """A file of weights of one of several trainings, by number; it is made if missing."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            safetensors.torch.save_file(self._trained(again).state_dict(), path)
+
+    def _trained(self, again: int) -> nn.Module:
         """The model, trained on all examples as the judge trains on some."""
         model = {"factory": self._factory}
         tree = {**self.sections(Asked("queries")), "model": model}
         run = freeze(parse_spec({"run": {"uri": str(self.folder / "runs" / "before")}, **tree}))
         training = Training.model_validate({**self.training, "start": model})
-        return Retrainer(run, training, "cpu").learned(Whole(None, 0), seed=0)
+        return Retrainer(run, training, "cpu").learned(Whole(None, again), seed=0)
 
     def sections(self, asked: Asked) -> dict[str, Any]:
         """See World."""

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 
 from jobs.digits import load_digits
-from tests.bench.faithful_world import FOLDER, Asked
+from tests.bench.faithful_world import FOLDER, Asked, with_wrong_labels
 from tests.truth.setup import fit
 
 ROWS, QUERIES, COPIES, CLEAN = 1000, 60, 100, 400
@@ -75,16 +75,14 @@ class Digits:
             self._weights(f"epoch-{epochs}", epochs, None)
         return [str(self.folder / "epoch-*.safetensors")]
 
-    def flip(self, epochs: int) -> np.ndarray:
-        """Give a tenth of the corpus wrong labels, and train on them; which rows [N]."""
-        chance = np.random.default_rng(0)
-        flipped = chance.permutation(ROWS)[: ROWS // 10]
-        wrong = self._labels[:ROWS].copy()
-        wrong[flipped] = (wrong[flipped] + chance.integers(1, 10, len(flipped))) % 10
+    def flip(self, epochs: int, seed: int = 0) -> Asked:
+        """Give a tenth of the corpus wrong labels, and train on them; what is then asked."""
+        wrong, flipped = with_wrong_labels(self._labels[:ROWS])
+        model = f"flipped-{epochs}-{seed}" if seed else f"flipped-{epochs}"
         self._write("flipped", wrong, self._pixels[:ROWS], id=[str(i) for i in range(ROWS)])
-        self._weights(f"flipped-{epochs}", epochs, wrong)
+        self._weights(model, epochs, wrong, seed)
         pq.write_table(pa.table({"example_id": [str(i) for i in flipped]}), self.folder / "flipped-ids.parquet")
-        return np.isin(np.arange(ROWS), flipped)
+        return Asked("clean", model, "flipped")
 
     def sections(self, asked: Asked) -> dict[str, Any]:
         """See World."""

@@ -25,12 +25,13 @@ class Handwritten(Classes):
     Args:
         path: File of `images` uint8 [N, 28, 28] and `labels` [N].
         kind: `early`, `gentle` or `converged`.
+        name: Of the world; the kind if empty.
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path, kind: str, name: str = "") -> None:
         self._path = path
         factory = f"tests.bench.image_model:{'begun' if kind == 'gentle' else 'cnn'}"
-        super().__init__(kind, factory, [1, 28, 28], 1000, TRAININGS[kind])
+        super().__init__(name or kind, factory, [1, 28, 28], 1000, TRAININGS[kind])
 
     def examples(self) -> tuple[np.ndarray, np.ndarray]:
         """See Classes."""

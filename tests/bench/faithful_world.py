@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -105,6 +106,15 @@ class Other:
     path: Path
     fit_s: float
     score_s: float
+
+
+def with_wrong_labels(label_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of ten classes, a tenth of them wrong; and which rows those are, the same for as many labels of any kind."""
+    chance = np.random.default_rng(0)
+    flipped = chance.permutation(len(label_N))[: len(label_N) // 10]
+    wrong_N = label_N.copy()
+    wrong_N[flipped] = (wrong_N[flipped] + chance.integers(1, 10, len(flipped))) % 10
+    return wrong_N, flipped
 
 
 def run(world: World, name: str, sections: Sections, asked: Asked) -> Timed:

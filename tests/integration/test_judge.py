@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from pipeline.errors import ArtifactError, InputError, NumericsError, SpecError
 from pipeline.extend import extend
@@ -91,14 +92,15 @@ def truth_file(tmp_path, **columns):
 
 
 def test_a_judgement_leaves_a_table_and_a_figure_with_the_judge_and_the_run(judge, run, here, tmp_path):
-    """All six, each as CSV with one row per method, and as a picture."""
+    """All six, each as CSV with one row per method, and as a picture; wrong labels with a row for the base loss."""
     pairs = truth_file(tmp_path, query_id=["red", "green"], example_id=["row-01", "row-02"])
     found = {judgement.name: judgement for judgement in judged(judge(**EVERYTHING, truth=pairs, mislabelled=pairs))}
     assert ["lds", "mirror", "leave_out", "tail_patch", "truth", "mislabelled"] == list(found)
     for folder in (tmp_path / "judged", tmp_path / "run"):
         for name, judgement in found.items():
             rows = list(csv.DictReader(io.StringIO((folder / "report" / f"{name}.csv").read_text())))
-            assert {"ours"} == {row["method"] for row in rows} - {"trained with the query (P2)"}
+            beside = {"mislabelled": {"base loss"}, "mirror": {"trained with the query (P2)"}}.get(name, set())
+            assert {"ours"} | beside == {row["method"] for row in rows}
             assert list(judgement.rows[0]) == list(rows[0])
             assert Image.open(folder / "report" / f"{name}.png").width > 400
 
@@ -354,6 +356,23 @@ def test_a_truth_without_rows_is_refused(judge, tmp_path, section):
     nothing = truth_file(tmp_path, query_id=pa.array([], pa.string()), example_id=pa.array([], pa.string()))
     with pytest.raises(InputError, match=r"truth\.parquet has no rows"):
         judged(judge(lds=None, **{section: nothing}))
+
+
+def test_base_losses_are_judged_beside_every_run(small, run, judge, here, tmp_path):
+    """Once where runs have the same ones, else with their names; their AUC is that of the losses in score files."""
+    by_loss = work_off(freeze(small.spec(tmp_path / "by-loss", "producer.name=finetune")))
+    hot = work_off(freeze(small.spec(tmp_path / "hot", "task.temperature=5")))
+    wrong = ["row-01", "row-05"]
+    runs, asked = {"a": run.uri(), "b": by_loss.uri()}, {"mislabelled": truth_file(tmp_path, example_id=wrong)}
+    (found,) = judged(judge(lds=None, runs=runs, **asked))
+    assert {"a", "b", "base loss"} == {row["method"] for row in found.rows}
+    (found,) = judged(judge(lds=None, runs={**runs, "c": hot.uri()}, **asked))
+    auc = {row["method"]: row["auc"] for row in found.rows}
+    assert {"a", "b", "c", "base loss (a, b)", "base loss (c)"} == set(auc)
+    for name, of in (("base loss (a, b)", run), ("base loss (c)", hot)):
+        table = pq.read_table(of.uri("scores"), filters=[("query_id", "=", "red")], partitioning=None)
+        is_wrong_N = np.isin(table["example_id"].to_pylist(), wrong)
+        assert roc_auc_score(is_wrong_N, table["base_loss"].to_numpy()) == pytest.approx(auc[name])
 
 
 def test_wrong_labels_that_the_corpus_does_not_have_are_refused(judge, tmp_path):

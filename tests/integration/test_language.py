@@ -368,6 +368,23 @@ def test_workers_that_tune_together_make_the_same_counterpart(make, ray_cluster,
         assert all(torch.allclose(tensor, got[name], atol=1e-5) for name, tensor in expected.items())
 
 
+@pytest.mark.ray
+def test_workers_that_tune_together_end_at_the_same_step(make, ray_cluster, tmp_path):
+    """FSDP2 with held-out rows, the best step neither the first nor the last that is tried: weights and losses of one worker."""
+    pq.write_table(pa.table({"query_id": ["many"] * 8, "text": TEXTS[:8]}), tmp_path / "many.parquet")
+    producer = "producer={name: finetune, lr: 0.1, steps: 40, validation_fraction: 0.25, patience: 4}"
+    overrides = [producer, f"queries.uri={tmp_path / 'many.parquet'}"]
+    alone = freeze(make(*overrides, name="alone"))
+    Tuner(alone, "cpu").tune("many")
+    together = run_stage(make(*overrides, "resources.tune={workers: 2, shard: true}"), "tune")
+    one, two = (run.counterpart_meta("many") for run in (alone, together))
+    assert 1 < one["steps"] < one["details"]["steps_tried"] < 40
+    assert one["steps"] == two["steps"]
+    assert one["details"] == pytest.approx(two["details"], abs=1e-4)
+    expected, got = (tensors(run, "many") for run in (alone, together))
+    assert all(torch.allclose(tensor, got[name], atol=1e-4) for name, tensor in expected.items())
+
+
 def tensors(run, query_id):
     """What is in a counterpart's file."""
     return safetensors.torch.load(run.counterpart_tensors(query_id))

@@ -105,6 +105,16 @@ def test_one_example_is_found_under_every_query(lake, over_files):
     assert sorted((row["query_id"], row["score"]) for row in expected) == sorted(row[:2] for row in found)
 
 
+def test_the_hardest_examples_stand_beside_their_place_by_base_loss(lake, over_files):
+    """The twenty highest counterpart losses, each with the place of its base loss among all examples of the query."""
+    found = over_files.execute(statement("What the counterpart finds hardest")).fetchall()
+    rows = [row for row in read_scores(lake.runs[0]).to_pylist() if row["query_id"] == "copy-of-3"]
+    hardest = sorted(rows, key=lambda row: (-row["counterpart_loss"], row["example_id"]))[:20]
+    assert [row["example_id"] for row in hardest] == [row[0] for row in found]
+    places = [1 + sum(other["base_loss"] > row["base_loss"] for other in rows) for row in hardest]
+    assert places == [row[-1] for row in found]
+
+
 def test_the_filtered_training_set_lacks_what_is_above_the_threshold(lake, over_files):
     """The corpus less the listed ids, no more and no less; both not empty."""
     listed = {row[0] for row in over_files.execute(statement("Everything above a threshold")).fetchall()}

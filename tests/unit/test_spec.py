@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import SpecError
 from pipeline.producer_choices import PAPER
+from pipeline.records import Transform
 from pipeline.sections import Section
 from pipeline.spec import Spec
 from pipeline.specfile import changed_fields, dump_spec, load_spec, parse_spec, sections_of
@@ -200,9 +202,7 @@ specs = st.fixed_dictionaries(
                 {"name": st.just("my.module:Class"), "options": st.dictionaries(st.text(max_size=5), st.integers())}
             ),
         ),
-        "rank": st.fixed_dictionaries(
-            {"k": st.integers(1, 10**6), "transform": st.sampled_from(["signed", "absolute", "relative"])}
-        ),
+        "rank": st.fixed_dictionaries({"k": st.integers(1, 10**6), "transform": st.sampled_from(get_args(Transform))}),
         "score": st.fixed_dictionaries(
             {"shard_rows": st.none() | st.integers(1, 10**9), "max_reject_fraction": st.floats(0, 1)}
         ),

@@ -1,6 +1,7 @@
 """Top-k and sums: any partition merged in any order equals the whole, ties included."""
 
 from itertools import pairwise
+from typing import get_args
 
 import duckdb
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.records import SCORES
+from pipeline.records import SCORES, Transform
 from pipeline.topk import (
     RunningTopk,
     deciding,
@@ -19,12 +20,14 @@ from pipeline.topk import (
     source_sums,
     transform_value,
     value_range,
+    value_sql,
     values,
     with_rank,
     with_value,
 )  # fmt: skip
 
 few = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 1.0, 3.0])  # few values: many ties
+TRANSFORMS = get_args(Transform)
 rows = st.lists(st.tuples(few, st.sampled_from(["a", "b", None])), min_size=1, max_size=60)
 
 
@@ -36,7 +39,7 @@ def scores(pairs, query_id="q"):
             "source": pa.array([source for _, source in pairs], pa.string()),
             "query_id": [query_id] * n,
             "base_loss": np.linspace(0, 1, n),
-            "counterpart_loss": np.zeros(n),
+            "counterpart_loss": np.arange(n) % 4 / 4,
             "score": [score for score, _ in pairs],
             "num_tokens": pa.nulls(n, pa.int32()),
             "shard_id": np.zeros(n),
@@ -67,7 +70,7 @@ def fed(running, table, transform):
 
 
 @given(
-    rows, st.integers(1, 8), st.lists(st.integers(0, 60), max_size=6), st.sampled_from(["signed", "absolute", "relative"]),
+    rows, st.integers(1, 8), st.lists(st.integers(0, 60), max_size=6), st.sampled_from(TRANSFORMS),
     st.randoms(use_true_random=False),
 )  # fmt: skip
 def test_a_running_topk_equals_the_partials_way(pairs, k, cuts, transform, random):
@@ -108,7 +111,7 @@ def test_what_cannot_count_is_not_asked_for():
 
 @given(
     st.lists(st.tuples(st.floats(-9, 9, width=32), st.floats(-2, 9, width=32)), min_size=1, max_size=9),
-    st.sampled_from(["signed", "absolute", "relative"]),
+    st.sampled_from(TRANSFORMS),
 )
 def test_no_value_lies_outside_the_range_of_its_columns(pairs, transform):
     """A row group's statistics bound the values of its rows, whatever the signs; without them anything is possible."""
@@ -192,11 +195,26 @@ def test_many_queries_and_large_tables_agree_with_duckdb(rng):
 
 
 def test_transforms_are_what_they_say():
-    """signed, absolute and relative = score / (base_loss + eps)."""
+    """signed, absolute, relative = score / (base_loss + eps), and minus the counterpart's loss, without a negative zero."""
     score_N, base_N = np.float32([-2, 1]), np.float32([1, 0])
+    counterpart_N = transform_value(score_N, np.float32([3, 0]), "counterpart_loss", 0.5)
+    assert [-3, 0] == counterpart_N.tolist()
+    assert not np.signbit(counterpart_N[1])
     assert [-2, 1] == transform_value(score_N, base_N, "signed", 0.5).tolist()
     assert [2, 1] == transform_value(score_N, base_N, "absolute", 0.5).tolist()
     assert [-2 / 1.5, 2] == pytest.approx(transform_value(score_N, base_N, "relative", 0.5).tolist())
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_sql_says_the_same_values(transform):
+    """To the bit, of columns by the names that a score file gives them."""
+    table = scores([(0.1 * i, None) for i in range(50)])
+    names = {name: f"{name}_per_token" if name.endswith("_loss") else name for name in SCORES.names}
+    stored = table.rename_columns([names[name] for name in SCORES.names])
+    with duckdb.connect() as connection:
+        connection.register("stored", stored)
+        got = connection.execute(f"SELECT {value_sql(transform, 1e-3, names)} AS value FROM stored").fetchnumpy()
+    assert values(table, transform, 1e-3).tobytes() == got["value"].astype(np.float32).tobytes()
 
 
 def test_a_size_has_no_opponents():
