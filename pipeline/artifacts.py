@@ -27,8 +27,7 @@ CALIBRATION, CHOICE = "calibration.json", "choice.json"  # how scores are made, 
 READ_AT_ONCE = 256
 """Commits read ahead of whoever goes through them: memory is this many, whatever the number of shards."""
 COMMIT_NAME = re.compile(r"shard-(\d+)(?:-addition-(\d+))?\.json")
-MAX_REJECTS_SHOWN = 3
-BETWEEN_LOOKS_S = 0.5
+MAX_REJECTS_SHOWN, BETWEEN_LOOKS_S = 3, 0.5
 """Longer than the writing of topk/meta.json behind its tables."""
 WAYS: tuple[Way, ...] = get_args(Way)
 

@@ -7,38 +7,29 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from .artifacts import CHOICE, Run
+from .artifacts import Run
 from .batches import own_copy
+from .corpus_view import CorpusView
 from .decode import decode
 from .digests import as_frozen
 from .errors import ContractError, NumericsError, PipelineError
 from .extensions import is_joint, load_model, load_producer, load_task, prepared, sees_corpus
 from .importing import user_code
-from .observe import say
 from .queries import query_inputs
-from .sample import MAX_SHARDS, Drawn, draw_sample
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .model_check import ModelCheck
-    from .producers.base import CorpusProducer, Fitted, Produced, Producer, SampleProducer, Setting
+    from .producers.base import CorpusProducer, Produced, Producer
     from .tasks.base import Batch, Task
 
-FEW_ROWS, MEASURED_ROWS = 4, 64
-"""Rows of the corpus on which a producer measures what it may choose: so many that it takes"""
-MEASURING_S, MEASURING_PASSES = 3.0, 16
-"""seconds, about, for which a model goes forwards through each row so often."""
 CHECKED_QUERY_ROWS = 8
 """Rows of queries, at most, on which the model is looked at."""
-SHARE_OF_TOKENS = 4
-"""A curvature holds all logits of a batch of texts, and more: its batches are smaller than those that are scored, by so much.
-Each costs as many numbers as all factors have, so they are full."""
 
 
 class Tuner:
@@ -66,6 +57,7 @@ class Tuner:
         self._sees_corpus, self._is_joint = sees_corpus(self._producer), is_joint(self._producer)
         self._prepared: Any = None
         self._check = self._checked()
+        self._corpus = CorpusView(run, self._task, self._base, self._check, self._tensors)
         self._base_versions = _tensor_versions(self._base)
 
     def _checked(self) -> ModelCheck:
@@ -157,11 +149,11 @@ class Tuner:
         seed = query_seed(self._run.spec.seed, "")
         started_s = time.monotonic()
         with as_frozen(self._run), self._about(f"{len(queries)} queries"), torch.random.fork_rng():
-            producer = self._chosen(producer, seed)
+            producer = self._corpus.chosen(producer, seed)
             torch.manual_seed(seed)
-            setting = self._setting(seed, producer.sample_rows or 0)
+            setting = self._corpus.setting(seed, producer.sample_rows or 0)
             copies = {query_id: own_copy(query) for query_id, query in queries.items()}
-            for query_id, produced in producer.produce_all(setting, copies, self._fitted(producer, setting)):
+            for query_id, produced in producer.produce_all(setting, copies, self._corpus.fitted(producer, setting)):
                 if is_first and isinstance(produced, Produced):
                     try:
                         self._commit(query_id, queries[query_id], seed, produced, time.monotonic() - started_s)
@@ -224,50 +216,6 @@ class Tuner:
         """Around what model, task and producer do with a query."""
         return user_code(f"query {query_id!r}: {self._run.spec.producer.implementation}")
 
-    def _chosen(self, producer: SampleProducer, seed: int) -> SampleProducer:
-        """The producer with what its spec leaves open: chosen by the first start, for later ones and for replays."""
-        import torch.distributed as dist
-
-        from .curvatures.cost import timed
-        from .producers.base import Ahead
-
-        if not getattr(producer, "is_open", False):
-            return producer
-        run, several = self._run, dist.is_initialized() and dist.get_world_size() > 1
-        found = [run.resolved.chosen.get("") or (run.measured(CHOICE) or {}).get("fields")]
-        if several:  # all see what the first one sees
-            dist.broadcast_object_list(found)
-        if found[0] is None:
-            ahead = Ahead(len(run.query_ids), run.rows, run.spec.resources.score.actors or 1)
-            few = self._setting(seed, FEW_ROWS, most_shards=1)
-            few.losses()  # the first pass takes longer
-            pass_s = few.sample.of_first(timed(few.losses)[1]) / few.sample.rows
-            rows = min(max(int(MEASURING_S / (MEASURING_PASSES * pass_s)), FEW_ROWS), MEASURED_ROWS)
-            setting = self._setting(seed, rows, most_shards=1) if rows > FEW_ROWS else few
-            choice = cast(Any, producer).choose(setting, ahead)
-            if not several or dist.get_rank() == 0:
-                run.commit_measured(CHOICE, {"fields": dict(choice.fields), "why": choice.line})
-                found = [(run.measured(CHOICE) or {}).get("fields")]
-                if choice.line:
-                    say(choice.line)
-            if several:
-                dist.broadcast_object_list(found)
-        return cast("SampleProducer", replace(cast(Any, producer), **(found[0] or {})))
-
-    def _setting(self, seed: int, rows: int, most_shards: int = MAX_SHARDS) -> Setting:
-        """The sample as the producer sees it."""
-        import torch.distributed as dist
-
-        from .curvatures.base import Sample
-        from .producers.base import Setting
-
-        rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        drawn = draw_sample(self._run, self._task, rows, most_shards)
-        probe, rest = (self._batches(part) for part in drawn)
-        numbers = range(len(probe) + len(rest))[rank::workers]
-        sample = Sample([*probe, *rest][rank::workers], sum(len(part.example_id_N) for part in drawn), numbers)
-        return Setting(self._base, self._task, probe, sample, seed, self._run.spec.score.way in ("gradient", "jvp"))
-
     def _prepare(self) -> None:
         """Show a CorpusProducer the whole sample, the same at every worker, before its first query. Raises as its `prepare`."""
         import torch
@@ -278,44 +226,8 @@ class Tuner:
         about = f"{self._run.spec.producer.implementation}, on a sample of the corpus"
         with as_frozen(self._run), user_code(about), torch.random.fork_rng():
             torch.manual_seed(seed)
-            drawn = draw_sample(self._run, self._task, producer.sample_rows)
-            sample = [batch for part in drawn for batch in self._batches(part)]
-            self._prepared = producer.prepare(self._base, self._task, sample, seed)
-
-    def _batches(self, drawn: Drawn) -> list[Batch]:
-        """All of some examples, as the curvature takes them."""
-        from .curvatures.rows import Rows
-
-        section, inputs = self._run.spec.score, drawn.inputs
-        return [
-            Rows.of_items(self._tensors(batch.arrays), inputs, drawn.example_id_N, batch.item_B)
-            for batch in self._check.batches(
-                inputs, section.batch_rows, section.batch_tokens // SHARE_OF_TOKENS, full=True
-            )
-        ]
-
-    def _fitted(self, producer: SampleProducer, setting: Setting) -> Fitted:
-        """What the producer finds out about the corpus: once for a run, and for whatever is added to it."""
-        import torch.distributed as dist
-        from safetensors.torch import load, save
-
-        from .producers.base import Fitted
-
-        found = [self._run.fitted()]
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        if several:  # all see what the first one sees
-            dist.broadcast_object_list(found)
-        if found[0] is not None:
-            data, details = found[0]
-            return Fitted({name: tensor.to(self._device) for name, tensor in load(data).items()}, details)
-        fitted = producer.fit(setting)
-        chosen = [fitted.details]
-        if several:  # tensors are sums over all workers; what is chosen by them is the first one's choice
-            dist.broadcast_object_list(chosen)
-        if not several or dist.get_rank() == 0:
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in fitted.tensors.items()}
-            self._run.commit_fitted(save(tensors), fitted.details)
-        return Fitted(fitted.tensors, chosen[0])
+            probe, rest, _ = self._corpus.drawn(producer.sample_rows)
+            self._prepared = producer.prepare(self._base, self._task, [*probe, *rest], seed)
 
     def _produce(self, query: Batch, seed: int) -> Produced | None:
         """The producer's counterpart; null at workers that only helped with one that all make together."""

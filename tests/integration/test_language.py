@@ -135,7 +135,7 @@ def test_a_curvature_is_of_documents_however_they_are_cut_and_batched(make):
     short = "queries.uri=" + str(_short_queries(make))
     one = run_without_ray(make(*fields, short, name="one"))
     other = run_without_ray(make(*fields, short, "score.shard_rows=30", "score.batch_tokens=1000", name="other"))
-    setting = Tuner(other, "cpu")._setting(0, 30)
+    setting = Tuner(other, "cpu")._corpus.setting(0, 30)
     assert len(TEXTS) == setting.sample.rows < sum(len(rows.weight_B) for rows in setting.sample.batches)
     assert len(TEXTS) == pytest.approx(sum(rows.weight_B.sum() for rows in setting.sample.batches))
     found, again = (np.array(scores(run)["score"].to_pylist()) for run in (one, other))
