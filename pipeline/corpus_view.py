@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from .artifacts import CHOICE, Run
+from .errors import InputError
 from .observe import say
 from .sample import MAX_SHARDS, Drawn, draw_sample
 
@@ -61,11 +63,11 @@ class CorpusView:
             dist.broadcast_object_list(found)
         if found[0] is None:
             ahead = Ahead(len(run.query_ids), run.rows, run.spec.resources.score.actors or 1)
-            few = self.setting(seed, FEW_ROWS, most_shards=1)
+            few = self._some(seed, FEW_ROWS)
             few.losses()  # the first pass takes longer
             pass_s = few.sample.of_first(timed(few.losses)[1]) / few.sample.rows
-            rows = min(max(int(MEASURING_S / (MEASURING_PASSES * pass_s)), FEW_ROWS), MEASURED_ROWS)
-            setting = self.setting(seed, rows, most_shards=1) if rows > FEW_ROWS else few
+            rows = min(int(MEASURING_S / (MEASURING_PASSES * pass_s)), MEASURED_ROWS)
+            setting = self._some(seed, rows) if rows > few.sample.rows else few
             choice = cast(Any, producer).choose(setting, ahead)
             if not several or dist.get_rank() == 0:
                 run.commit_measured(CHOICE, {"fields": dict(choice.fields), "why": choice.line})
@@ -75,6 +77,12 @@ class CorpusView:
             if several:
                 dist.broadcast_object_list(found)
         return cast("SampleProducer", replace(cast(Any, producer), **(found[0] or {})))
+
+    def _some(self, seed: int, rows: int) -> Setting:
+        """A few rows of one shard; of all, where none of those can be scored. Raises InputError: nor can any of these."""
+        with suppress(InputError):
+            return self.setting(seed, rows, most_shards=1)
+        return self.setting(seed, MEASURED_ROWS)
 
     def setting(self, seed: int, rows: int, most_shards: int = MAX_SHARDS) -> Setting:
         """The sample as the producer sees it."""

@@ -60,11 +60,13 @@ class GaussNewton:
             self.kernel = None
 
     def cost(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int) -> Cost:
-        """See Curvature: of inverting it directly, where that is possible for a few rows, else of conjugate gradients."""
+        """See Curvature: of inverting it directly, where a few rows can be; else, without `some`, of conjugate gradients."""
         device, dtype = parameters.device, to_loss_dtype(next(iter(parameters.tensors.values()))).dtype
         try:
             kernel, kernel_s = timed(lambda: Kernel(model, task, parameters, sample))
         except TooLargeError:
+            if self._some:
+                return Cost(room=0)
             vector_1P = torch.ones(1, parameters.size, device=device, dtype=dtype)
             _, product_s = timed(lambda: product(model, task, parameters, sample, vector_1P))
             solve_s = self._iterations * product_s / sample.rows

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from pipeline.artifacts import CHOICE
 from pipeline.errors import InputError, SpecError
 from pipeline.freeze import freeze
 from pipeline.report import of
@@ -297,6 +298,19 @@ def test_nothing_is_selected_where_nothing_is_scored(make, tmp_path):
     finish(run)
     assert 0 == len(run.read_ranked()[0])
     assert not list((tmp_path / "run" / "topk").rglob("part-*"))
+
+
+def test_a_budget_is_measured_where_few_rows_can_be_scored(make, tmp_path):
+    """The first rows that are looked at may be rejects all."""
+    texts = ["", None] * 40 + ["Dora was born in Lisbon.", "Emil lives in Quito.", "Emil was born in Tunis."]
+    ids = [str(number) for number in range(len(texts))]
+    pq.write_table(pa.table({"id": ids, "text": texts}), tmp_path / "holes.parquet")
+    budget = "producer={name: natural, budget_s: 1.0e+9}"
+    run = freeze(
+        make(f"corpus.uri={tmp_path}/holes.parquet", "score.max_reject_fraction=1", budget, "corpus.source=id")
+    )
+    assert [] == Tuner(run, "cpu").tune_all(run.query_ids)
+    assert {"sample_rows": 4096} == run.measured(CHOICE)["fields"]
 
 
 def test_a_payload_named_as_a_column_of_the_ranking_is_refused(make, folder, tmp_path):
