@@ -23,7 +23,11 @@ SCORE_ROW_BYTES = 30
 SCORES_DEPEND_ON = ("model", "task", "corpus", "queries", "producer", "score", "seed", "ensemble")
 """Sections that make two runs different runs. `ensemble` and `score.compile` only where they are given: without, a run is what
 it was before."""
-_FREE = {"corpus": ("payload", "check_ids"), "score": ("max_reject_fraction", "base_losses", "noise_rows")}
+_FREE = {
+    "corpus": ("payload", "check_ids"),
+    "score": ("max_reject_fraction", "base_losses", "noise_rows"),
+    "producer": ("curvatures",),
+}
 """Fields in them that may change between two starts of one run: they move no score."""
 
 
@@ -137,7 +141,7 @@ def identity(spec: Spec) -> dict[str, Any]:
     tree = spec.model_dump(mode="json", include=set(SCORES_DEPEND_ON))
     for section, fields in _FREE.items():
         for field in fields:
-            tree[section].pop(field)
+            tree[section].pop(field, None)
     if not spec.ensemble:
         tree.pop("ensemble")
     if not spec.score.compile:
