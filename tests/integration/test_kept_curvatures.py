@@ -4,16 +4,19 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from pipeline import kept_curvatures
 from pipeline.artifacts import CHOICE
 from pipeline.audit import audit
-from pipeline.freeze import survey
+from pipeline.freeze import freeze, survey
 from pipeline.frozen import open_run
 from pipeline.plan import identity
 from pipeline.producers.natural import Natural
 from pipeline.run import finish
 from pipeline.specfile import dump_spec
+from pipeline.tuner import Tuner
 from tests.conftest import exit_code, run_without_ray
 
 pytestmark = pytest.mark.slow  # every one tunes
@@ -131,3 +134,26 @@ def test_plan_says_whether_it_is_there(spec_of, monkeypatch, tmp_path, capsys):
     run_without_ray(spec_of("first"))
     assert 0 == exit_code(monkeypatch, "plan", str(path))
     assert "fitted before" in capsys.readouterr().out
+
+
+def tune_as(rank, workers, run_uri, store):
+    """What a worker of a group does."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+    try:
+        run = open_run(run_uri)
+        assert [] == Tuner(run, "cpu").tune_all(run.query_ids)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fields", [EKFAC, "name: natural, budget_s: 1.0e-9"])
+def test_workers_choose_fit_and_read_together(spec_of, tmp_path, fields):
+    """A group of two begins; another reads what it kept, and gives the same counterparts."""
+    runs = [freeze(spec_of(name, fields)) for name in ("first", "second")]
+    for run in runs:
+        torch.multiprocessing.spawn(tune_as, (2, run.uri(), tmp_path / f"store-{Path(run.uri()).name}"), 2)
+    assert set(runs[0].query_ids) == runs[1].committed_queries()
+    assert runs[0].fitted() == runs[1].fitted()
+    for query_id in runs[0].query_ids:
+        assert runs[0].counterpart_tensors(query_id) == runs[1].counterpart_tensors(query_id)
+    assert 1 == len(list((tmp_path / "kept").iterdir()))
