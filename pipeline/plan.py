@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .producer_choices import Natural
 from .records import Column, Measured, Shard
 from .spec import Spec
 
@@ -122,6 +123,7 @@ def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], que
     each = frozen + len(shards) * per_shard + ranked + reported + seal
     members = 1 + len(spec.ensemble)
     folders = members + (members > 1)  # the mean has one, too
+    fitted = 2 + (spec.producer.sample_rows is None) if isinstance(spec.producer, Natural) else 0
     return Plan(
         rows=rows,
         files=len({shard.path for shard in shards}),
@@ -129,7 +131,7 @@ def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], que
         queries=queries,
         query_rows=query_rows,
         forward_passes=members * rows * (1 + queries) - kept,
-        objects=folders * each + members * 2 * queries,
+        objects=folders * each + members * (2 * queries + fitted),
         score_bytes=folders * rows * queries * SCORE_ROW_BYTES,
         members=members,
         kept=kept,
