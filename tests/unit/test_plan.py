@@ -72,7 +72,7 @@ def test_shards_are_whole_batches_and_bounded():
 
 
 def test_the_fingerprint_follows_what_moves_scores_and_nothing_else():
-    """lr, seed and weights change it; k, workers and tolerance for rejects do not."""
+    """The sample, seed and weights change it; k, workers and tolerance for rejects do not."""
     base = fingerprint(parse(), {"weights": "a"})
     assert "ensemble" not in identity(parse()), "a run without one is what it was before there were any"
     for same in (
@@ -85,7 +85,7 @@ def test_the_fingerprint_follows_what_moves_scores_and_nothing_else():
         "run.uri=y",
     ):
         assert base == fingerprint(parse(same), {"weights": "a"}), same
-    for other in ("producer.lr=0.7", "seed=1", "score.batch_rows=9", "task.label=y", "model.dtype=float64"):
+    for other in ("producer.sample_rows=7", "seed=1", "score.batch_rows=9", "task.label=y", "model.dtype=float64"):
         assert base != fingerprint(parse(other), {"weights": "a"}), other
     assert base != fingerprint(parse(), {"weights": "b"})
     assert "rank" not in identity(parse())
