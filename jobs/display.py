@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import checkpoints, forecast, noise, phases, storage, topk
+from pipeline import checkpoints, forecast, kept_curvatures, noise, phases, storage, topk
 from pipeline.artifacts import Run
 from pipeline.checks import Audit
 from pipeline.choices import HfTransformers, LanguageTask, TorchModule
@@ -21,6 +21,8 @@ from pipeline.plan import Plan
 from pipeline.producer_choices import Natural
 from pipeline.publish import Published
 from pipeline.report import number_columns, of, plain_payload
+from pipeline.spec import Spec
+from pipeline.tuning_cost import tuning_passes
 
 if TYPE_CHECKING:
     from pipeline.case import Judgement
@@ -126,7 +128,9 @@ def show_plan(run: Run, plan: Plan, predicted: forecast.Forecast | None = None) 
         "producer": f"{spec.producer.implementation}: {plan.queries:,} counterparts to tune{each}",
         "forward passes": f"{plan.forward_passes:,} = {times}{plan.rows:,} examples x (1 base + {plan.queries} counterparts)"
         + (f" - {plan.kept:,} base losses that are kept" if plan.kept else ""),
+        **({"tuning": passes} if (passes := _tuning_planned(spec, plan)) else {}),
         **({"base losses": f"kept in {spec.score.base_losses}"} if spec.score.base_losses else {}),
+        **({"curvature": kept} if (kept := _curvature_kept(run)) else {}),
         **({"members": _members_planned(plan)} if plan.members > 1 else {}),
         **({"checkpoints": found} if (found := _checkpoints_found(run)) else {}),
         "objects": f"{plan.objects:,} written in all",
@@ -142,6 +146,20 @@ def show_plan(run: Run, plan: Plan, predicted: forecast.Forecast | None = None) 
     for name, value in rows.items():
         table.add_row(name, value)
     console().print(table)
+
+
+def _tuning_planned(spec: Spec, plan: Plan) -> str:
+    """What tuning costs; empty where the producer does not say."""
+    passes = tuning_passes(spec, plan.rows, plan.queries, plan.query_rows)
+    return f"about {plan.members * passes:,} forward passes, one backward counted as two" if passes else ""
+
+
+def _curvature_kept(run: Run) -> str:
+    """Where what is fitted is kept, and whether it is there; empty where the spec names no folder."""
+    place = kept_curvatures.place_of(run)
+    if place is None or run.spec.ensemble:
+        return f"kept in {place.rsplit('/', 1)[0]}" if place else ""
+    return f"fitted before, in {place}" if storage.exists(place) else f"to be fitted, and kept in {place}"
 
 
 def _checkpoints_found(run: Run) -> str:

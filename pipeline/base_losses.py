@@ -28,13 +28,13 @@ from .errors import InputError, StorageError
 from .formats.base import corpus_root, relative_path
 from .observe import say, say_seldom
 from .records import Shard
+from .sealed import DIGEST_BYTES, sealed, unsealed
 from .sections import Section
 from .spec import Spec
 
 LAYOUT = 1
 """Of the objects, and of what goes into their names; another number, and none of before is found."""
 PACKAGES = ("mirrorscope", "torch")
-_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,10 @@ class ShardLosses:
         except StorageError as error:
             say_seldom(self.uri.rsplit("/", 1)[0], f"warning: base losses cannot be read: {error.message}")
             return None
-        body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != digest:
+        if (body := unsealed(data)) is None:
             say(f"warning: {self.uri} is damaged: these base losses are computed anew")
             return None
-        if body[-_DIGEST_BYTES:] != self.inputs:
+        if body[-DIGEST_BYTES:] != self.inputs:
             say(
                 f"warning: {self.uri} is of other contents than the corpus has now: these base losses are computed anew"
             )
@@ -77,7 +76,7 @@ class ShardLosses:
         np.save(buffer, base_S, allow_pickle=False)
         body = buffer.getvalue() + self.inputs
         try:
-            storage.write_bytes(self.uri, body + hashlib.sha256(body).digest())
+            storage.write_bytes(self.uri, sealed(body))
         except StorageError as error:
             say_seldom(self.uri.rsplit("/", 1)[0], f"warning: base losses are not kept: {error.message}")
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from . import kept_curvatures
 from .artifacts import CHOICE, Run
 from .errors import InputError
+from .kept_curvatures import Kept
 from .observe import say
 from .sample import MAX_SHARDS, Drawn, draw_sample
 
@@ -58,7 +61,10 @@ class CorpusView:
         if not getattr(producer, "is_open", False):
             return producer
         run, several = self.run, dist.is_initialized() and dist.get_world_size() > 1
-        found = [run.resolved.chosen.get("") or (run.measured(CHOICE) or {}).get("fields")]
+        found = [self._frozen_choice()]
+        if found[0] is None and self._kept is not None and self._kept.fields:
+            run.commit_measured(CHOICE, {"fields": self._kept.fields, "why": "kept with the curvature"})
+            found = [self._frozen_choice()]
         if several:  # all see what the first one sees
             dist.broadcast_object_list(found)
         if found[0] is None:
@@ -71,7 +77,7 @@ class CorpusView:
             choice = cast(Any, producer).choose(setting, ahead)
             if not several or dist.get_rank() == 0:
                 run.commit_measured(CHOICE, {"fields": dict(choice.fields), "why": choice.line})
-                found = [(run.measured(CHOICE) or {}).get("fields")]
+                found = [self._frozen_choice()]
                 if choice.line:
                     say(choice.line)
             if several:
@@ -115,6 +121,19 @@ class CorpusView:
             )
         ]
 
+    def _frozen_choice(self) -> dict[str, Any] | None:
+        """Fields that an earlier start, or the run that this one replays, chose."""
+        return self.run.resolved.chosen.get("") or (self.run.measured(CHOICE) or {}).get("fields")
+
+    @cached_property
+    def _kept(self) -> Kept | None:
+        """What another run fitted for this one, at the first worker."""
+        import torch.distributed as dist
+
+        place = kept_curvatures.place_of(self.run)
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
+        return kept_curvatures.read(place) if place is not None and is_first else None
+
     def fitted(self, producer: SampleProducer, setting: Setting) -> Fitted:
         """What the producer finds out about the corpus: once for a run, and for whatever is added to it."""
         import torch.distributed as dist
@@ -124,8 +143,18 @@ class CorpusView:
 
         found = [self.run.fitted()]
         several = dist.is_initialized() and dist.get_world_size() > 1
+        is_first = not several or dist.get_rank() == 0
         if several:  # all see what the first one sees
             dist.broadcast_object_list(found)
+        kept_at, sample, losses = kept_curvatures.place_of(self.run), "", list[float]()
+        if found[0] is None and kept_at is not None:
+            sample, losses = kept_curvatures.sample_digest(setting.sample), setting.probe_losses()
+            is_right = self._kept is not None and kept_curvatures.is_of(self._kept, sample, losses)
+            if (kept := setting.sample.of_first(self._kept if is_right else None)) is not None:
+                found[0] = kept.tensors, kept.details
+                if is_first:
+                    say(f"curvature: as it was fitted before, in {kept_at}")
+                    self.run.commit_fitted(kept.tensors, kept.details)
         if found[0] is not None:
             data, details = found[0]
             device = next(self.base.parameters()).device
@@ -134,7 +163,11 @@ class CorpusView:
         chosen = [fitted.details]
         if several:  # tensors are sums over all workers; what is chosen by them is the first one's choice
             dist.broadcast_object_list(chosen)
-        if not several or dist.get_rank() == 0:
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in fitted.tensors.items()}
-            self.run.commit_fitted(save(tensors), fitted.details)
+        if is_first:
+            data = save({name: tensor.contiguous().cpu() for name, tensor in fitted.tensors.items()})
+            self.run.commit_fitted(data, fitted.details)
+            if kept_at is not None:
+                kept_curvatures.write(
+                    kept_at, Kept(self._frozen_choice() or {}, sample, losses, dict(fitted.details), data)
+                )
         return Fitted(fitted.tensors, chosen[0])

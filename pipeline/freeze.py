@@ -194,6 +194,8 @@ def _resolve(spec: Spec, corpus: Corpus, rows_each: int, members: list[Member]) 
             update={"shard_rows": rows_each, "base_losses": kept and storage.absolute(kept)}
         ),
     }
+    if (curvatures := getattr(spec.producer, "curvatures", None)) is not None:
+        update["producer"] = spec.producer.model_copy(update={"curvatures": storage.absolute(curvatures)})
     if queries := spec.queries:
         queries_format = Reader(queries.uri, queries.format, corpus.resolved.classes).name
         found = {"uri": storage.absolute(queries.uri), "format": queries_format}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .producer_choices import Natural
 from .records import Column, Measured, Shard
 from .spec import Spec
 
@@ -23,7 +24,11 @@ SCORE_ROW_BYTES = 30
 SCORES_DEPEND_ON = ("model", "task", "corpus", "queries", "producer", "score", "seed", "ensemble")
 """Sections that make two runs different runs. `ensemble` and `score.compile` only where they are given: without, a run is what
 it was before."""
-_FREE = {"corpus": ("payload", "check_ids"), "score": ("max_reject_fraction", "base_losses", "noise_rows")}
+_FREE = {
+    "corpus": ("payload", "check_ids"),
+    "score": ("max_reject_fraction", "base_losses", "noise_rows"),
+    "producer": ("curvatures",),
+}
 """Fields in them that may change between two starts of one run: they move no score."""
 
 
@@ -118,6 +123,7 @@ def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], que
     each = frozen + len(shards) * per_shard + ranked + reported + seal
     members = 1 + len(spec.ensemble)
     folders = members + (members > 1)  # the mean has one, too
+    fitted = 2 + (spec.producer.sample_rows is None) if isinstance(spec.producer, Natural) else 0
     return Plan(
         rows=rows,
         files=len({shard.path for shard in shards}),
@@ -125,7 +131,7 @@ def make_plan(spec: Spec, shards: Sequence[Shard], query_ids: Sequence[str], que
         queries=queries,
         query_rows=query_rows,
         forward_passes=members * rows * (1 + queries) - kept,
-        objects=folders * each + members * 2 * queries,
+        objects=folders * each + members * (2 * queries + fitted),
         score_bytes=folders * rows * queries * SCORE_ROW_BYTES,
         members=members,
         kept=kept,
@@ -137,7 +143,7 @@ def identity(spec: Spec) -> dict[str, Any]:
     tree = spec.model_dump(mode="json", include=set(SCORES_DEPEND_ON))
     for section, fields in _FREE.items():
         for field in fields:
-            tree[section].pop(field)
+            tree[section].pop(field, None)
     if not spec.ensemble:
         tree.pop("ensemble")
     if not spec.score.compile:

@@ -192,6 +192,9 @@ class Natural(Extension):
     """Seconds that stage tune may take, about. Where `sample_rows` is not given, the first start measures what a pass through a
     few rows takes, and takes so many that it ends in time: 4,096 or all, if it can. What it chose is frozen with the run, in
     choice.json and run.yaml. Null: 60, or as long as scoring the corpus takes, if that is more."""
+    curvatures: Uri | None = None
+    """Folder in which what is fitted to the corpus, curvature and damping, is kept for other runs of the same model and corpus
+    with the same fields here: they ask other questions and fit nothing. It moves no score. Null: kept with the run alone."""
     iterations: _Count = 20
     """Conjugate-gradient iterations of `gauss_newton` at most; each goes through the sample once."""
     tolerance: _Positive = 1e-3
@@ -215,6 +218,11 @@ class Natural(Extension):
     less often. 0: all."""
 
     _check_parameters = field_validator("parameters")(_regular_expression)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """See Extension; where a fit is kept is none of the producer's business."""
+        return {name: value for name, value in super().keywords.items() if name != "curvatures"}
 
     @model_validator(mode="after")
     def _one_choice(self) -> Natural:

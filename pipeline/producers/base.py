@@ -83,6 +83,11 @@ class Setting:
         with torch.no_grad():
             return [self.task.loss_B(self.base, own_copy(batch)) for batch in self.sample.batches]
 
+    def probe_losses(self) -> list[float]:
+        """Losses of the probe's first batch, in nats."""
+        with torch.no_grad():
+            return self.task.loss_B(self.base, own_copy(self.probe[0])).double().tolist()
+
     def slope(self, parameters: Parameters, rows: Batch) -> Tensor:
         """Gradient [P] of the mean loss of some rows."""
         return parameters.gradient(lambda: self.task.loss_B(self.base, own_copy(rows)).mean())

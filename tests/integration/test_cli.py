@@ -234,10 +234,12 @@ def test_brackets_in_peoples_data_stay_as_they_are(make_spec, world, tmp_path):
     assert "say [/INST] [red]x" in invoke("show", run.uri()).output
 
 
-def test_the_plan_counts_the_objects_that_a_run_writes(make_spec):
+@pytest.mark.parametrize("producer", ["", "producer={name: natural, sample_rows: 64}", "producer={name: natural}"])
+def test_the_plan_counts_the_objects_that_a_run_writes(make_spec, producer):
     """`plan` promises as many objects as lie in the folder afterwards."""
-    planned = survey(make_spec())[1]
-    run = run_without_ray(make_spec())
+    spec = make_spec(*([producer] if producer else []))
+    planned = survey(spec)[1]
+    run = run_without_ray(spec)
     finish(run)
     assert planned.objects == len([path for path in Path(run.uri()).rglob("*") if path.is_file()])
     assert (150, 450, 3) == (planned.rows, planned.forward_passes, planned.shards)

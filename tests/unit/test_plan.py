@@ -81,6 +81,7 @@ def test_the_fingerprint_follows_what_moves_scores_and_nothing_else():
         "score.max_reject_fraction=0.5",
         "corpus.check_ids=false",
         "score.base_losses=kept",
+        "producer.curvatures=kept",
         "score.noise_rows=0",
         "run.uri=y",
     ):
