@@ -14,7 +14,7 @@ from . import storage
 from .choices import HfTransformers, LanguageTask
 from .errors import InputError, SpecError
 from .judge import Judge
-from .sections import Section, unknown_word
+from .sections import Extension, Section, unknown_word
 from .spec import Spec
 
 _Tree = TypeVar("_Tree", bound=Section)
@@ -109,7 +109,7 @@ def _problem(kind: type[Section], details: ErrorDetails) -> str:
     dotted = ".".join(path)
     match details["type"]:
         case "extra_forbidden":
-            return f"{dotted}: {unknown_word(path[-1], section.model_fields if section else ())}"
+            return f"{dotted}: {unknown_word(path[-1], section.model_fields if section else ())}{_whose(section)}"
         case "missing":
             return f"{dotted}: missing; {_description(section, path[-1])}".rstrip("; ")
         case "model_type" | "model_attributes_type":
@@ -117,6 +117,14 @@ def _problem(kind: type[Section], details: ErrorDetails) -> str:
         case "value_error":
             return f"{dotted}: {details['ctx']['error']}".removeprefix(": ")
     return f"{dotted}: {details['msg'][0].lower()}{details['msg'][1:]} (got {details['input']!r})"
+
+
+def _whose(section: type[Section] | None) -> str:
+    """Which implementation's fields were meant, where a section may be of several: the spec need not have named it."""
+    if section is None or not issubclass(section, Extension):
+        return ""
+    word = section.model_fields[section.selector].default
+    return f"; these are fields of {word}" if isinstance(word, str) else ""
 
 
 def _walk(kind: type[Section], loc: Sequence[str | int]) -> tuple[type[Section] | None, list[str]]:

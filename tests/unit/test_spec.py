@@ -79,6 +79,12 @@ def test_a_producers_fields_without_a_name_are_those_of_the_default(expected, ta
     assert producer.items() <= spec.producer.model_dump().items()
 
 
+def test_an_unknown_field_is_told_whose_it_is_not():
+    """A producer that was not named is."""
+    with pytest.raises(SpecError, match=r"producer\.lr: 'lr' is not known; (.|\n)*; these are fields of natural"):
+        parse(producer={"lr": 0.1})
+
+
 @pytest.mark.parametrize("task", [TEXTS, {"name": "seq2seq"}])
 @pytest.mark.parametrize("producer", [None, {"name": "natural"}, {"name": "natural", "sample_rows": 9}])
 def test_language_models_get_factored_curvature_and_derivatives(task, producer):
