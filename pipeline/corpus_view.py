@@ -149,7 +149,9 @@ class CorpusView:
         kept_at, sample, losses = kept_curvatures.place_of(self.run), "", list[float]()
         if found[0] is None and kept_at is not None:
             sample, losses = kept_curvatures.sample_digest(setting.sample), setting.probe_losses()
-            is_right = self._kept is not None and kept_curvatures.is_of(self._kept, sample, losses)
+            is_right = self._kept is not None and kept_curvatures.is_of(
+                self._kept, self._frozen_choice() or {}, sample, losses
+            )
             if (kept := setting.sample.of_first(self._kept if is_right else None)) is not None:
                 found[0] = kept.tensors, kept.details
                 if is_first:

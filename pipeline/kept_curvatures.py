@@ -82,19 +82,25 @@ def read(uri: str) -> Kept | None:
         say(f"warning: {uri} is damaged: the curvature is fitted again")
         return None
     header, _, tensors = body.partition(b"\n")
-    kept = Kept(**json.loads(header), tensors=tensors)
-    if not kept.fields.keys() <= CHOSEN:
+    try:
+        kept = Kept(**json.loads(header), tensors=tensors)
+    except (ValueError, TypeError):  # no JSON, or other fields
+        kept = None
+    if kept is None or not isinstance(kept.fields, dict) or not kept.fields.keys() <= CHOSEN:
         say(f"warning: {uri} was written by another version: the curvature is fitted again")
         return None
     return kept
 
 
-def is_of(kept: Kept, sample: str, losses: list[float]) -> bool:
-    """Whether a fit is of these rows and of a model that gives them these losses; if not, it is said."""
+def is_of(kept: Kept, fields: Mapping[str, Any], sample: str, losses: list[float]) -> bool:
+    """Whether a fit is by this choice, of these rows and of a model that gives them these losses; if not, it is said."""
+    if kept.fields != fields:
+        say("warning: a kept curvature is of other rows than this run chose, and is fitted again")
+        return False
     if kept.sample != sample:
         say("warning: a kept curvature is of other contents than the corpus has now, and is fitted again")
         return False
-    if not np.allclose(kept.losses, losses, rtol=TOLERANCE, atol=TOLERANCE):
+    if len(kept.losses) != len(losses) or not np.allclose(kept.losses, losses, rtol=TOLERANCE, atol=TOLERANCE):
         say("warning: a kept curvature is of a model of other code, or other versions, and is fitted again")
         return False
     return True

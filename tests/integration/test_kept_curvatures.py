@@ -98,6 +98,8 @@ def test_what_decides_no_fit_shares_one(spec_of, override):
         (None, "is damaged"),
         ({"sample": "of other rows"}, "other contents"),
         ({"losses": [9.0]}, "other code"),
+        ({"fields": {"sample_rows": 65}}, "than this run chose"),
+        ({"fields": None}, "another version"),
         ({"fields": {"steps": 3}}, "another version"),
     ],
 )
