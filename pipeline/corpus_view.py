@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from .tasks.base import Batch, Task
 
 FEW_ROWS, MEASURED_ROWS = 4, 64
-"""Rows of the corpus on which a producer measures what it may choose: so many that it takes"""
+"""Rows of the corpus on which a producer measures what it may choose, at least and at most."""
 MEASURING_S, MEASURING_PASSES = 3.0, 16
-"""seconds, about, for which a model goes forwards through each row so often."""
+"""Seconds that measuring may take, about; a measurement costs as much as so many forward passes through its rows."""
 SHARE_OF_TOKENS = 4
 """A curvature holds all logits of a batch of texts, and more: its batches are smaller than those that are scored, by so much.
 Each costs as many numbers as all factors have, so they are full."""

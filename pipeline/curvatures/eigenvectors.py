@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from .. import phases
 from .base import Sample
@@ -37,7 +38,7 @@ def eigenvectors(matrices: Mapping[str, Tensor], sample: Sample) -> dict[str, Te
 def _eigenvectors(matrix: Tensor) -> Tensor:
     try:
         vectors = torch.linalg.eigh(matrix).eigenvectors
-    except RuntimeError:  # single precision may not converge
+    except LinAlgError:  # single precision may not converge
         vectors = torch.linalg.eigh(matrix.double()).eigenvectors.to(matrix.dtype)
     return vectors.contiguous()
 

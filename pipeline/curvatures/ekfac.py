@@ -66,7 +66,7 @@ class EKFAC:
         sides, others = _shared_out(model, task, parameters, per_example)
         if others:
             say_first(_what_is_factored(parameters, others, len(sides)))
-        tensors = _bases_and_diagonal(per_example, drawn, sides, others, parameters)
+        tensors = _bases_and_diagonal(_sums(per_example, drawn, sides, others, parameters), drawn, parameters)
         return tensors | _eigenvalues(per_example, drawn, sides, parameters, tensors)
 
     def cost(self, model: nn.Module, task: Task, parameters: Parameters, sample: Sample, seed: int) -> Cost:
@@ -151,15 +151,8 @@ def _shared_out(
     return sides, [name for name in parameters.names if name not in kept]
 
 
-def _bases_and_diagonal(
-    per_example: PerExample,
-    sample: Sample,
-    sides: Mapping[str, tuple[int, int]],
-    others: Collection[str],
-    parameters: Parameters,
-) -> dict[str, Tensor]:
+def _bases_and_diagonal(sums: Mapping[str, Tensor], sample: Sample, parameters: Parameters) -> dict[str, Tensor]:
     """Eigenvectors of the covariances of every layer's inputs and output gradients, and the diagonal of other parameters."""
-    sums = _sums(per_example, sample, sides, others, parameters)
     found, covariances = dict[str, Tensor](), dict[str, Tensor]()
     for name, each in sums.items():
         slot = parameters.tensors[name.rsplit("/", 1)[0]]
